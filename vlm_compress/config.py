@@ -1,0 +1,373 @@
+"""Frozen configurations of models and compression methods.
+
+Field names are Hugging Face's where a field exists there.  Every field is
+read by the code, and every constructor checks what it is given, so that an
+impossible setting fails here, with the field and the remedy in the message,
+and not inside a compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+VISION_TYPES = ('clip_vision_model', 'efficientnet_lite0')
+RESAMPLERS = ('none', 'avg_pool', 'avg_pool_linear', 'qformer')
+SELECTORS = ('adaptive', 'fixed', 'random', 'uniform')
+SCORE_NORMS = ('relative', 'minmax', 'rank')
+SCORES = ('both', 'self', 'cross')
+CRITERIA = ('both', 'redundant', 'spatial')
+DTYPES = ('float32', 'bfloat16')
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot work; the message names field and remedy."""
+
+
+def check(condition: bool, message: str) -> None:
+  """Raises ConfigError(message) unless the condition holds."""
+  if not condition:
+    raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """A vision tower: CLIP ViT, or the EfficientNet-Lite0 stand-in.
+
+  Attributes:
+    model_type: 'clip_vision_model' or 'efficientnet_lite0'.
+    image_size: side of the square input, in pixels.
+    patch_size: pixels per visual token and side.
+    hidden_size: feature size of a visual token.
+    intermediate_size, num_hidden_layers, num_attention_heads,
+      layer_norm_eps, hidden_act: of the ViT.  EfficientNet-Lite0 has a fixed
+      architecture (patch_size 16, hidden_size 112) and does not have them.
+  """
+  model_type: str = 'clip_vision_model'
+  image_size: int = 336
+  patch_size: int = 14
+  hidden_size: int = 1024
+  intermediate_size: int = 4096
+  num_hidden_layers: int = 24
+  num_attention_heads: int = 16
+  layer_norm_eps: float = 1e-5
+  hidden_act: str = 'quick_gelu'
+
+  def __post_init__(self):
+    check(self.model_type in VISION_TYPES,
+          f'vision.model_type={self.model_type!r} is unknown; '
+          f'use one of {VISION_TYPES}')
+    check(self.patch_size > 0 and self.image_size % self.patch_size == 0,
+          f'vision.image_size={self.image_size} is no multiple of '
+          f'vision.patch_size={self.patch_size}')
+    check(self.hidden_act in ('quick_gelu', 'gelu'),
+          f'vision.hidden_act={self.hidden_act!r}: use quick_gelu or gelu')
+    if self.model_type == 'efficientnet_lite0':
+      check((self.patch_size, self.hidden_size) == (16, 112),
+            'efficientnet_lite0 gives 112 features per 16 px: set '
+            'vision.patch_size=16 and vision.hidden_size=112')
+    else:
+      check(self.hidden_size % self.num_attention_heads == 0,
+            f'vision.hidden_size={self.hidden_size} is no multiple of '
+            f'vision.num_attention_heads={self.num_attention_heads}')
+
+  @property
+  def grid_size(self) -> int:
+    """Visual tokens per side of the grid."""
+    return self.image_size // self.patch_size
+
+
+def efficientnet_lite0(image_size: int = 128) -> VisionConfig:
+  """The frozen EfficientNet-Lite0 tower, features of stride 16."""
+  return VisionConfig(model_type='efficientnet_lite0', image_size=image_size,
+                      patch_size=16, hidden_size=112)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """A LLaMA-architecture decoder.
+
+  Attributes:
+    head_dim: size of a head; 0 means hidden_size // num_attention_heads.
+    attention_bias: q, k, v projections carry a bias.
+    initializer_range: std of freshly drawn weights.
+    max_position_embeddings: longest row in tokens, visual tokens included.
+  """
+  vocab_size: int = 32000
+  hidden_size: int = 4096
+  intermediate_size: int = 11008
+  num_hidden_layers: int = 32
+  num_attention_heads: int = 32
+  num_key_value_heads: int = 32
+  head_dim: int = 0
+  rms_norm_eps: float = 1e-5
+  rope_theta: float = 10000.0
+  attention_bias: bool = False
+  tie_word_embeddings: bool = False
+  max_position_embeddings: int = 4096
+  initializer_range: float = 0.02
+
+  def __post_init__(self):
+    if self.head_dim == 0:
+      check(self.hidden_size % self.num_attention_heads == 0,
+            f'text.hidden_size={self.hidden_size} is no multiple of '
+            f'text.num_attention_heads={self.num_attention_heads}; '
+            'set text.head_dim')
+      object.__setattr__(self, 'head_dim',
+                         self.hidden_size // self.num_attention_heads)
+    check(self.head_dim % 2 == 0,
+          f'text.head_dim={self.head_dim} is odd; RoPE rotates pairs')
+    check(self.num_attention_heads % self.num_key_value_heads == 0,
+          f'text.num_attention_heads={self.num_attention_heads} is no multiple '
+          f'of text.num_key_value_heads={self.num_key_value_heads}')
+
+
+@dataclasses.dataclass(frozen=True)
+class VocoConfig:
+  """VoCo-LLaMA (arXiv 2406.12275).
+
+  Attributes:
+    num_voco_tokens: C, VoCo tokens per image that the model is trained with.
+      A row may carry fewer (elastic inference).
+    distinct_rows: one embedding row per VoCo token (ours) instead of one row
+      shared by all (the released code).
+    text_sees_prefix: text may also attend to BOS and the newline in front of
+      the VoCo tokens (the paper's Eq. 3); the released code hides them.
+    distill_weight: weight of the KL to the teacher; 0 is plain CE.
+  """
+  num_voco_tokens: int = 1
+  distinct_rows: bool = False
+  text_sees_prefix: bool = False
+  distill_weight: float = 0.0
+
+  def __post_init__(self):
+    check(self.num_voco_tokens >= 1,
+          f'voco.num_voco_tokens={self.num_voco_tokens}: at least 1')
+    check(self.distill_weight >= 0.0,
+          f'voco.distill_weight={self.distill_weight}: not negative')
+
+
+@dataclasses.dataclass(frozen=True)
+class AtpConfig:
+  """ATP-LLaVA (arXiv 2412.00447): modules between decoder layers.
+
+  Attributes:
+    prune_after: a module sits after each of these layers (1 = the first; 0,
+      before all layers, only for selectors that do not look at attention).
+    selector: 'adaptive' is ATP; 'fixed' keeps `fixed_counts` tokens by
+      redundancy score; 'random' and 'uniform' keep as many without looking.
+    fixed_counts: tokens kept by each module, for all selectors but adaptive.
+    scores: which importance scores make the redundancy score.
+    score_norm: how raw scores are brought to (0, 1).
+    criteria: 'both', or only 'redundant' or 'spatial' pruning (ablations).
+    sap_strides: strides of the nested uniform grids, coarse ones last;
+      () takes the chain of divisors 1 | 2 | 4 ... or 1 | 3 | 6 ... that fits.
+    sap_lambda: lambda of the spatial score 1 - lambda R_g.
+    threshold_hidden_size: width of the shared Linear of a module.
+    init_theta_r, init_theta_s: thresholds at the start of training.
+    straight_through: hard mask forward, soft gradient.
+    target_tokens: N_target, layer-average visual tokens per image.
+    lambda_atp, lambda_target: weights of the two budget terms.
+    temperature_start, temperature_end: tau, annealed geometrically.
+    threshold_shift: added to the logit of both thresholds at inference.
+  """
+  prune_after: tuple[int, ...] = (4, 14, 24)
+  selector: str = 'adaptive'
+  fixed_counts: tuple[int, ...] = ()
+  scores: str = 'both'
+  score_norm: str = 'relative'
+  criteria: str = 'both'
+  sap_strides: tuple[int, ...] = ()
+  sap_lambda: float = 3.0
+  threshold_hidden_size: int = 128
+  init_theta_r: float = 0.1
+  init_theta_s: float = 0.9
+  straight_through: bool = False
+  target_tokens: float = 144.0
+  lambda_atp: float = 0.02
+  lambda_target: float = 0.2
+  temperature_start: float = 10.0
+  temperature_end: float = 100.0
+  threshold_shift: float = 0.0
+
+  def __post_init__(self):
+    first = 0 if self.selector in ('random', 'uniform') else 1
+    check(len(self.prune_after) > 0 and self.prune_after[0] >= first and
+          all(a < b for a, b in zip(self.prune_after, self.prune_after[1:])),
+          f'atp.prune_after={self.prune_after}: increasing layer numbers, '
+          f'the first at least {first}')
+    for name, value, allowed in (
+        ('selector', self.selector, SELECTORS), ('scores', self.scores, SCORES),
+        ('score_norm', self.score_norm, SCORE_NORMS),
+        ('criteria', self.criteria, CRITERIA)):
+      check(value in allowed, f'atp.{name}={value!r}: use one of {allowed}')
+    if self.selector == 'adaptive':
+      check(not self.fixed_counts,
+            'atp.fixed_counts has no meaning for atp.selector="adaptive"')
+    else:
+      check(len(self.fixed_counts) == len(self.prune_after) and
+            all(c >= 1 for c in self.fixed_counts),
+            f'atp.selector={self.selector!r} needs atp.fixed_counts, one '
+            f'positive count for each of prune_after={self.prune_after}')
+      check(all(a >= b for a, b in zip(self.fixed_counts,
+                                       self.fixed_counts[1:])),
+            f'atp.fixed_counts={self.fixed_counts} must not increase: a token '
+            'that is gone does not come back')
+    for name in ('init_theta_r', 'init_theta_s'):
+      value = getattr(self, name)
+      check(0.0 < value < 1.0, f'atp.{name}={value}: strictly between 0 and 1')
+    check(0.0 < self.temperature_start <= self.temperature_end,
+          'atp.temperature_start must be positive and at most temperature_end')
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+  """A LLaVA-1.5-family model, with at most one compression method.
+
+  Attributes:
+    vision_feature_layer: which hidden state of the ViT feeds the projector.
+    vision_feature_select_strategy: 'default' drops the class token, 'full'
+      keeps it.
+    projector_hidden_act: 'gelu' is the exact erf form.
+    image_token_index: placeholder id of an image in token ids.
+    voco_token_index: placeholder id of a VoCo token in token ids.
+    voco, atp: the compression method, or None.
+    resampler: baselines that shorten the visual sequence before the decoder:
+      'avg_pool', 'avg_pool_linear' or 'qformer', to num_query_tokens.
+    num_query_tokens: visual tokens after the resampler; 0 without one.
+    dtype: of activations; param_dtype: of parameters as stored.
+    remat: recompute each decoder layer in the backward pass.
+  """
+  vision: VisionConfig = VisionConfig()
+  text: TextConfig = TextConfig()
+  vision_feature_layer: int = -2
+  vision_feature_select_strategy: str = 'default'
+  projector_hidden_act: str = 'gelu'
+  image_token_index: int = -200
+  voco_token_index: int = 32000
+  voco: VocoConfig | None = None
+  atp: AtpConfig | None = None
+  resampler: str = 'none'
+  num_query_tokens: int = 0
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
+  remat: bool = False
+
+  def __post_init__(self):
+    check(self.resampler in RESAMPLERS,
+          f'resampler={self.resampler!r}: use one of {RESAMPLERS}')
+    check((self.resampler == 'none') == (self.num_query_tokens == 0),
+          'num_query_tokens must be set with a resampler and be 0 without')
+    check(self.voco is None or self.atp is None,
+          'voco and atp are both set: a model has one compression method')
+    check(self.resampler == 'none' or self.atp is None,
+          'atp needs the full grid of visual tokens: set resampler="none"')
+    check(self.vision_feature_select_strategy in ('default', 'full'),
+          'vision_feature_select_strategy: use default or full')
+    check(self.vision_feature_select_strategy == 'default' or
+          (self.vision.model_type == 'clip_vision_model' and
+           self.atp is None and self.resampler == 'none'),
+          'vision_feature_select_strategy="full" keeps the class token, which '
+          'has no place on the grid: only for CLIP without atp or resampler')
+    check(self.projector_hidden_act in ('gelu', 'gelu_tanh'),
+          f'projector_hidden_act={self.projector_hidden_act!r}: use gelu '
+          '(exact) or gelu_tanh')
+    for name in ('dtype', 'param_dtype'):
+      check(getattr(self, name) in DTYPES, f'{name}: use one of {DTYPES}')
+    if self.atp is not None:
+      check_atp(self)
+
+  @property
+  def num_patches(self) -> int:
+    """Visual tokens that leave the vision tower for one image."""
+    extra = int(self.vision_feature_select_strategy == 'full')
+    return self.vision.grid_size ** 2 + extra
+
+  @property
+  def num_visual_tokens(self) -> int:
+    """P: visual tokens of one image that enter the decoder."""
+    return self.num_query_tokens or self.num_patches
+
+
+def token_floor(config: LlavaConfig) -> float:
+  """Lowest layer-average of visual tokens that a placement can reach.
+
+  All P tokens enter every layer up to the first module, and at least one
+  token enters every later layer (methods: "Average tokens" of ATP-LLaVA).
+  """
+  num_layers = config.text.num_hidden_layers
+  first = config.atp.prune_after[0]
+  return (first * config.num_visual_tokens + (num_layers - first)) / num_layers
+
+
+def check_atp(config: LlavaConfig) -> None:
+  """Raises ConfigError for an ATP placement or budget that cannot work."""
+  atp, num_layers = config.atp, config.text.num_hidden_layers
+  check(atp.prune_after[-1] < num_layers,
+        f'atp.prune_after={atp.prune_after}: the model has {num_layers} '
+        f'layers, so the last module can sit after layer {num_layers - 1}')
+  check(all(c <= config.num_visual_tokens for c in atp.fixed_counts),
+        f'atp.fixed_counts={atp.fixed_counts} exceed the '
+        f'{config.num_visual_tokens} visual tokens of an image')
+  if atp.selector == 'adaptive':
+    floor = token_floor(config)
+    check(floor <= atp.target_tokens <= config.num_visual_tokens,
+          f'atp.target_tokens={atp.target_tokens:g} cannot be reached: with '
+          f'atp.prune_after={atp.prune_after} of {num_layers} layers the '
+          f'layer average lies between the floor {floor:g} and '
+          f'{config.num_visual_tokens}; raise the target or prune earlier')
+
+
+def prune_after_for(num_hidden_layers: int) -> tuple[int, ...]:
+  """The published placement (4, 14, 24 of 32) for any depth, without repeats."""
+  shares = (0.125, 0.4375, 0.75)
+  layers = [max(1, int(num_hidden_layers * share)) for share in shares]
+  return tuple(sorted({l for l in layers if l < num_hidden_layers}))
+
+
+def preset(name: str) -> LlavaConfig:
+  """Named model sizes: 'tiny', 'llava_1_5_7b', 'llava_1_5_13b'."""
+  if name == 'tiny':
+    return LlavaConfig(
+        vision=VisionConfig(image_size=24, patch_size=6, hidden_size=32,
+                            intermediate_size=48, num_hidden_layers=3,
+                            num_attention_heads=4),
+        text=TextConfig(vocab_size=96, hidden_size=32, intermediate_size=48,
+                        num_hidden_layers=4, num_attention_heads=4,
+                        num_key_value_heads=2, max_position_embeddings=256,
+                        initializer_range=0.1))
+  if name == 'llava_1_5_7b':
+    return LlavaConfig(dtype='bfloat16', remat=True)
+  if name == 'llava_1_5_13b':
+    return LlavaConfig(
+        text=TextConfig(hidden_size=5120, intermediate_size=13824,
+                        num_hidden_layers=40, num_attention_heads=40,
+                        num_key_value_heads=40),
+        dtype='bfloat16', remat=True)
+  raise ConfigError(f'preset {name!r} is unknown; use tiny, llava_1_5_7b or '
+                    'llava_1_5_13b')
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A config as plain JSON types."""
+  return dataclasses.asdict(config)
+
+
+_NESTED = {'vision': VisionConfig, 'text': TextConfig, 'voco': VocoConfig,
+           'atp': AtpConfig}
+
+
+def from_dict(values: dict[str, Any], cls: type = LlavaConfig) -> Any:
+  """A config from plain types; an unknown field is an error with its name."""
+  fields = {f.name for f in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - fields)
+  check(not unknown, f'unknown config field(s) {unknown} for {cls.__name__}; '
+        f'known: {sorted(fields)}')
+  kwargs = {}
+  for name, value in values.items():
+    if cls is LlavaConfig and name in _NESTED and value is not None:
+      value = from_dict(dict(value), _NESTED[name])
+    elif isinstance(value, (list, tuple)):
+      value = tuple(value)
+    kwargs[name] = value
+  return cls(**kwargs)

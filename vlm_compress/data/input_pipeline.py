@@ -1,0 +1,149 @@
+"""The input pipeline: shuffles, shards, transforms and batches a source.
+
+Built on grain.  Three properties the training loop relies on:
+
+* Everything random follows from (seed, epoch, record index): the order of an
+  epoch and the generator a row is made with.  It does not depend on batch
+  size, threads or the number of processes.
+* Processes take the shuffled records in turn, so one step of n processes
+  with batch_size b holds the records of one step of one process with n * b.
+* The iterator has get_state() and set_state(); the state is small and a
+  pipeline set to it goes on with the very next batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from vlm_compress.config import check
+
+# Row of one example, or None to leave it out.
+Transform = Callable[[int, Any, np.random.Generator], Any]
+Collate = Callable[[Sequence[Any]], Any]
+
+
+def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
+                 collate: Collate, shuffle: bool = True,
+                 num_epochs: int | None = None, process_index: int = 0,
+                 process_count: int = 1, drop_remainder: bool = True,
+                 num_threads: int = 0, prefetch: int = 0,
+                 ) -> grain.DatasetIterator:
+  """Makes an iterator over batches.
+
+  Args:
+    source: random-access source with len() and source[i] -> Example.
+    transform: (record_index, example, rng) -> row, or None to leave the
+      record out.  All its randomness must come from rng, a numpy Generator
+      that depends on (seed, epoch, record_index) alone.
+    batch_size: rows per batch and process.
+    seed: of order and rows.
+    collate: list of rows -> batch.
+    shuffle: a new order every epoch; False keeps the source's order.
+    num_epochs: passes over the source; None never ends.
+    process_index: which process this is.
+    process_count: number of processes that share the source.
+    drop_remainder: leave out a last batch that is not full.  Matters only
+      with num_epochs, as batches run on across epochs.
+    num_threads: threads that read and transform ahead; 0 does it in the
+      calling thread, which is right for few cores.
+    prefetch: finished batches kept ready by one more thread; 0 for none.
+
+  Returns:
+    A grain iterator: next(), get_state() -> dict, set_state(dict).  With
+    several processes and a transform that returns None, processes can end
+    after different numbers of batches.
+
+  Raises:
+    ConfigError: impossible numbers.
+  """
+  _check(source, batch_size, num_epochs, process_index, process_count,
+         drop_remainder)
+  length = len(source)
+
+  def make_row(position: int, index: int) -> Any:
+    epoch = position // length
+    return transform(index, source[index], row_generator(seed, epoch, index))
+
+  dataset = grain.MapDataset.range(length)
+  if shuffle:
+    dataset = dataset.shuffle(seed=_shuffle_seed(seed))
+  dataset = dataset.repeat(num_epochs)
+  # The position counts on over epochs and, taken before the records are dealt
+  # to the processes, is the same whatever their number.
+  dataset = dataset.map_with_index(lambda position, index: (position, index))
+  dataset = dataset[process_index::process_count]
+  dataset = dataset.map(lambda item: make_row(*item))
+  dataset = dataset.to_iter_dataset(
+      grain.ReadOptions(num_threads=num_threads,
+                        prefetch_buffer_size=4 * num_threads))
+  dataset = dataset.batch(batch_size, drop_remainder=drop_remainder,
+                          batch_fn=collate)
+  if prefetch:
+    dataset = grain.experimental.ThreadPrefetchIterDataset(
+        dataset, prefetch_buffer_size=prefetch)
+  return iter(dataset)
+
+
+def row_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+  """Returns the generator a row is made with."""
+  return np.random.default_rng([seed, epoch, index])
+
+
+def steps_per_epoch(num_records: int, batch_size: int,
+                    process_count: int = 1) -> int:
+  """Returns whole batches per epoch and process, counted without Nones."""
+  return num_records // (batch_size * process_count)
+
+
+def sequential_batches(source, transform: Transform, *, batch_size: int,
+                       seed: int, collate: Collate,
+                       limit: int | None = None):
+  """Yields each record once, in order, the last batch possibly smaller.
+
+  For evaluation, which has no state to keep.  Rows are the same as those of
+  epoch 0 of `make_dataset`; arguments as there.
+
+  Args:
+    source: random-access source.
+    transform: (record_index, example, rng) -> row or None.
+    batch_size: rows per batch.
+    seed: of the rows.
+    collate: list of rows -> batch.
+    limit: stop after this many records.
+
+  Yields:
+    Batches.
+  """
+  check(batch_size > 0, f'batch_size={batch_size}; use 1 or more')
+  count = len(source) if limit is None else min(limit, len(source))
+  rows = (transform(index, source[index], row_generator(seed, 0, index))
+          for index in range(count))
+  rows = (row for row in rows if row is not None)
+  while chunk := list(itertools.islice(rows, batch_size)):
+    yield collate(chunk)
+
+
+def _shuffle_seed(seed: int) -> int:
+  """Spreads the seed: grain adds the epoch to it, so that with the bare seed
+  epoch 1 of seed 0 would be epoch 0 of seed 1."""
+  return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _check(source, batch_size, num_epochs, process_index, process_count,
+           drop_remainder):
+  check(batch_size > 0, f'batch_size={batch_size}; use 1 or more')
+  check(num_epochs is None or num_epochs > 0,
+        f'num_epochs={num_epochs}; use 1 or more, or None for no end')
+  check(0 <= process_index < process_count,
+        f'process_index={process_index} is not in 0..{process_count - 1}')
+  check(len(source) > 0, 'the source has no examples; use another split')
+  if num_epochs is not None and drop_remainder:
+    share = len(source) * num_epochs // process_count
+    check(share >= batch_size,
+          f'batch_size={batch_size} is more than the {share} rows there are '
+          'per process; use a smaller one, or drop_remainder=False')

@@ -1,0 +1,3 @@
+"""Measuring: scores per question kind with intervals, tokens, FLOPs and bytes of
+each method, the floors at equal budgets, and the report.
+"""

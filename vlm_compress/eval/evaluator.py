@@ -1,0 +1,220 @@
+"""Asks a model every question of a split, and keeps what it did.
+
+A question is a row of its own: prompt in, greedy answer out, so an answer
+depends on nothing else in the batch.  Besides the answer, the evaluator keeps
+how many visual tokens entered each layer, per question.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from vlm_compress.config import LlavaConfig
+from vlm_compress.data.examples import Example, Turn
+from vlm_compress.data.rows import RowSpec, layout
+from vlm_compress.data.tokenizer import Tokenizer
+from vlm_compress.decode.generate import generate
+from vlm_compress.eval import efficiency
+from vlm_compress.models.llava import Llava, PruneOptions
+from vlm_compress.models.sequence import TEXT, make_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A model and how it is run.
+
+  Attributes:
+    name: as in the report.
+    config: of the model, with the method that it runs.
+    params: parameters.
+    mask: 'causal' or 'voco'.
+    num_voco_tokens: C in the prompts; 0 for none.
+    trained: the decoder was trained under this selection of tokens.
+    seed: of the random selector, and of the training run.
+    threshold_shift: see AtpConfig; None takes the config's.
+  """
+  name: str
+  config: LlavaConfig
+  params: Any
+  mask: str = 'causal'
+  num_voco_tokens: int = 0
+  trained: bool = True
+  seed: int = 0
+  threshold_shift: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One question of the evaluation.
+
+  Attributes:
+    example: number of the example, which is also its row in the features.
+    turn: question, answer, kind.
+  """
+  example: int
+  turn: Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What a method answered.
+
+  Attributes:
+    texts: one per question.
+    entering: float32[Q, M], visual tokens that entered each layer.
+    module_keep: bool[Q, L, P], keep masks after each module; L may be 0.
+    thresholds: float32[Q, L, 2].
+    text_tokens: int32[Q], text tokens of the prompt, BOS included.
+  """
+  texts: list[str]
+  entering: np.ndarray
+  module_keep: np.ndarray
+  thresholds: np.ndarray
+  text_tokens: np.ndarray
+
+
+def questions_of(examples: Sequence[Example], per_kind: dict[str, int],
+                 heldout_first: bool = True) -> list[Question]:
+  """A fixed choice of questions: of every example, up to so many per kind.
+
+  Args:
+    examples: of the split.
+    per_kind: kind -> number per example.
+    heldout_first: prefer questions about held-out pairs.
+
+  Returns:
+    Questions in the order of the examples.
+  """
+  chosen = []
+  for index, example in enumerate(examples):
+    for kind, count in per_kind.items():
+      turns = [t for t in example.turns if t.kind == kind]
+      if heldout_first:
+        turns.sort(key=lambda t: not t.heldout)
+      chosen += [Question(index, t) for t in turns[:count]]
+  return chosen
+
+
+def answer(method: Method, examples: Sequence[Example], features: Any,
+           questions: Sequence[Question], tokenizer: Tokenizer, *,
+           template: str = 'short', batch_size: int = 64,
+           progress: bool = True) -> Answers:
+  """Asks all questions.
+
+  Args:
+    method: the model and how to run it.
+    examples: of the split; features[i] is float[P', Dv] of example i.
+    questions: what to ask.
+    tokenizer, template: as in training.
+    batch_size: questions at a time.
+    progress: show a bar if stderr is a terminal.
+
+  Returns:
+    Answers in the order of the questions.
+  """
+  spec = RowSpec(template=template)
+  rows = [layout(examples[q.example], [q.turn], spec, tokenizer,
+                 method.config, method.num_voco_tokens, prompt_only=True)
+          for q in questions]
+  budgets = [len(tokenizer.encode(q.turn.answer)) + 2 for q in questions]
+  run = _compiled(method, tokenizer.eos_id)
+  out: list[Any] = [None] * len(questions)
+  console = Console(stderr=True)
+  with Progress(console=console, transient=True,
+                disable=not (progress and console.is_terminal)) as bar:
+    task = bar.add_task(f'asking {method.name}', total=len(questions))
+    for group in _groups(budgets):
+      length = max(len(rows[i]['input_ids']) for i in group)
+      for start in range(0, len(group), batch_size):
+        part = group[start:start + batch_size]
+        padded = part + [part[-1]] * (batch_size - len(part))
+        batch = make_batch(
+            [rows[i] for i in padded],
+            [np.asarray(features[questions[i].example])[None] for i in padded],
+            length=length, num_images=1)
+        ids = np.asarray([_row_id(questions[i]) for i in padded], np.int32)
+        result = run(method.params, batch, ids, max(budgets[i] for i in group))
+        for slot, i in enumerate(part):
+          out[i] = [np.asarray(x)[slot] for x in result]
+        bar.update(task, advance=len(part))
+  columns = [np.stack(column) for column in zip(*out)]
+  texts = [tokenizer.decode(_until(t, tokenizer.eos_id)) for t in columns[0]]
+  text_tokens = np.asarray([int((r['token_types'] == TEXT).sum())
+                            for r in rows])
+  return Answers(texts, columns[1], columns[2], columns[3], text_tokens)
+
+
+def _groups(budgets: Sequence[int], short: int = 8) -> list[list[int]]:
+  """Short and long answers apart, so that few captions do not cost all."""
+  groups = [[i for i, b in enumerate(budgets) if b <= short],
+            [i for i, b in enumerate(budgets) if b > short]]
+  return [g for g in groups if g]
+
+
+def _row_id(question: Question) -> int:
+  """Names a question for the random selector, whatever its batch."""
+  text = question.turn.question.encode()
+  return (question.example * 1009 + sum(text)) % (2 ** 31 - 1)
+
+
+def _until(tokens: np.ndarray, eos_id: int) -> list[int]:
+  tokens = tokens.tolist()
+  return tokens[:tokens.index(eos_id)] if eos_id in tokens else tokens
+
+
+def _compiled(method: Method, eos_id: int):
+  """A jitted function of (params, batch, row ids, max new tokens)."""
+  config = method.config
+  model = Llava(config)
+  P, M = config.num_visual_tokens, config.text.num_hidden_layers
+
+  def run(params, batch, row_ids, max_new_tokens):
+    prune = None
+    if config.atp is not None:
+      prune = PruneOptions(row_ids=row_ids, seed=method.seed,
+                           threshold_shift=method.threshold_shift)
+    result = generate(model, params, batch, max_new_tokens=max_new_tokens,
+                      eos_id=eos_id, mask=method.mask, prune=prune)
+    B = row_ids.shape[0]
+    if prune is None:
+      entering = jnp.full((B, M), P, jnp.float32)
+      return (result.tokens, entering, jnp.zeros((B, 0, P), bool),
+              jnp.zeros((B, 0, 2)))
+    out = result.outputs
+    entering = jnp.sum(out.entering, axis=(2, 3)).T
+    keep = jnp.moveaxis(out.prune.module_keep[:, :, 0] > 0.5, 0, 1)
+    theta = jnp.moveaxis(out.prune.thresholds[:, :, 0], 0, 1)
+    return result.tokens, entering, keep, theta
+
+  return jax.jit(run, static_argnums=3)
+
+
+def cost(method: Method, answers: Answers) -> tuple[float, float]:
+  """Mean prefill FLOPs and KV bytes of a method over its questions.
+
+  VoCo is charged for compressing every image; its cache holds the VoCo
+  tokens and the text.
+  """
+  config = method.config
+  text = answers.text_tokens.astype(np.float64)
+  M = config.text.num_hidden_layers
+  if method.mask == 'voco':
+    read = text - 2  # BOS and the newline behind the image are compressed
+    flops = efficiency.voco_cost(config, read,
+                                 num_voco_tokens=method.num_voco_tokens).prefill
+    tokens = np.repeat((read + method.num_voco_tokens)[:, None], M, axis=1)
+  else:
+    extra = text + method.num_voco_tokens
+    flops = efficiency.prefill_cost(config, answers.entering, extra).prefill
+    tokens = answers.entering + extra[:, None]
+  return (float(np.mean(flops)),
+          float(np.mean(efficiency.kv_bytes(
+              config.text, tokens, config.dtype))))

@@ -1,0 +1,339 @@
+"""report.json, report.md and report.html, and the table for the terminal.
+
+The page is one self-contained file: styles inline, figures as PNG inside, no
+script and no address that is loaded, so that it can be mailed, printed and
+kept.  Figures are drawn on Figure objects, without pyplot and its global
+state; matplotlib and rich are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from vlm_compress.config import ConfigError, check
+from vlm_compress.eval import figures, html_page, markdown_page, tables
+from vlm_compress.eval import page as page_lib
+
+DPI = 200
+FIGURE_WIDTH = 9.6  # Inches; the page scales it to its width.
+
+
+# ------------------------------------------------------------------ files
+
+
+def write_report(report: Mapping[str, Any], workdir: str | os.PathLike[str], *,
+                 allow_partial: bool = False) -> dict[str, pathlib.Path]:
+  """Writes report.json, report.md and report.html into workdir.
+
+  Each file appears whole or not at all.  report.json comes first, so that the
+  numbers are safe if a figure then fails.  Nothing is written when the table
+  is refused.
+
+  Args:
+    report: {'rows': result rows (see tables.py), 'config', 'versions',
+      'stages': [{'name', 'seconds', 'steps'}], 'attribution': str, 'examples':
+      [{'image_png_base64', 'question', 'answer', 'predictions': {method:
+      text}, 'keep_maps': {method: [module][g][g]}, 'thresholds': {method:
+      [module][2]}}]}; all but rows may be left out.
+    workdir: an existing directory.
+    allow_partial: accept a table without its floors, marked as partial.
+
+  Returns:
+    {'json', 'md', 'html'}: paths.
+
+  Raises:
+    ConfigError: a row that cannot be, missing floors, pictures without
+      attribution, or a value that JSON cannot hold.
+  """
+  parts, missing = tables.checked_sections(report.get('rows') or (),
+                                           allow_partial)
+  check(not report.get('examples') or
+        bool((report.get('attribution') or '').strip()),
+        'report: attribution is empty, but examples show pictures; name their '
+        'source and licence')
+  folder = pathlib.Path(workdir)
+  paths = {ext: folder / f'report.{ext}' for ext in ('json', 'md', 'html')}
+  _write_atomic(paths['json'], _json({**report, 'partial': missing}))
+  page = _page(report, parts, missing)
+  _write_atomic(paths['md'], markdown_page.render(page))
+  _write_atomic(paths['html'], html_page.render(page))
+  return paths
+
+
+def module_labels(report: Mapping[str, Any]) -> list[str]:
+  """'after layer 4', ... from the first prune_after in the config, else []."""
+  stack = [report.get('config') or {}]
+  while stack:
+    node = stack.pop(0)
+    if node.get('prune_after'):
+      return [f'after layer {layer}' for layer in node['prune_after']]
+    stack += [value for value in node.values() if isinstance(value, Mapping)]
+  return []
+
+
+def kept_percentiles(parts: Sequence[tables.Section], labels: Sequence[str]
+                     ) -> list[tuple[str, ...]]:
+  """(method, module, mean, std, p50, p90, p99) of rows with kept_counts."""
+  lines = []
+  for label, counts in _kept_counts(parts).items():
+    for module, name in enumerate(_named(labels, counts.shape[1])):
+      kept = counts[:, module]
+      p50, p90, p99 = np.percentile(kept, (50, 90, 99))
+      lines.append((label, name, f'{kept.mean():.1f}', f'{kept.std():.1f}',
+                    f'{p50:.0f}', f'{p90:.0f}', f'{p99:.0f}'))
+  return lines
+
+
+def _page(report: Mapping[str, Any], parts: Sequence[tables.Section],
+          missing: Sequence[str]) -> page_lib.Page:
+  labels = module_labels(report)
+  return page_lib.Page(
+      parts=parts, missing=missing,
+      attribution=report.get('attribution') or '',
+      accuracy_url=_data_url(accuracy_png(parts)),
+      kept_url=_data_url(kept_png(parts, labels)),
+      kept_percentiles=kept_percentiles(parts, labels),
+      examples=[_page_example(example, labels, index)
+                for index, example in enumerate(report.get('examples') or ())],
+      stages=list(report.get('stages') or ()),
+      config=dict(report.get('config') or {}),
+      versions=dict(report.get('versions') or {}))
+
+
+def _json(report: Mapping[str, Any]) -> str:
+  def plain(value):
+    if isinstance(value, (np.ndarray, np.generic)):
+      return value.tolist()
+    raise TypeError(f'{type(value).__name__} has no JSON form')
+  try:
+    return json.dumps(report, indent=1, default=plain, allow_nan=False) + '\n'
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f'report.json: {error}; give plain finite values'
+                      ) from error
+
+
+def _write_atomic(path: pathlib.Path, text: str) -> None:
+  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+  try:
+    with os.fdopen(handle, 'w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(name, 0o644)  # mkstemp makes files that only the owner may read.
+    os.replace(name, path)
+  except BaseException:
+    pathlib.Path(name).unlink(missing_ok=True)
+    raise
+
+
+# --------------------------------------------------------------- terminal
+
+
+def print_table(rows: Sequence[tables.Row], *, allow_partial: bool = False,
+                file: TextIO | None = None) -> None:
+  """Prints the comparison: in colour on a terminal, else as aligned text."""
+  parts, missing = tables.checked_sections(rows, allow_partial)
+  file = sys.stdout if file is None else file
+  show = _Printer(file)
+  columns = list(range(len(tables.COLUMNS)))
+  lines = _lines(parts, columns)
+  for name in _DROP_ORDER:
+    if max(len(text) for text, _ in lines) <= show.width:
+      break
+    columns.remove(tables.COLUMNS.index(name))
+    lines = _lines(parts, columns)
+  for text, style in lines:
+    show(text, style)
+  for line in missing:
+    show(f'PARTIAL TABLE: {line}.', 'bold red')
+  for line in tables.findings(parts):
+    show(line, '')
+
+
+# Columns that go, one by one, when a terminal is narrow; the files have all.
+_DROP_ORDER = ('tokens in', 'KV cache', 'prefill', 'seeds', 'n', 'of full',
+               'retention', 'training')
+_STYLES = {'reference': 'bold', 'method': 'bold cyan', 'bound': 'dim',
+           'floor': 'dim'}
+
+
+def _lines(parts: Sequence[tables.Section], columns: Sequence[int]
+           ) -> list[tuple[str, str]]:
+  """(text, rich style) of each line, in aligned columns."""
+  full = tables.full_tokens(parts)
+  table: list[tuple[Sequence[str], str]] = [(tables.COLUMNS, 'underline')]
+  for part in parts:
+    table.append(((tables.title(part, full),), 'italic'))
+    for entry in part.entries:
+      cells = tables.cells(entry)
+      table.append(((f'  {cells[0]}', *cells[1:]), _STYLES[entry.role]))
+  widths = {i: max(len(cells[i]) for cells, _ in table if len(cells) > 1)
+            for i in columns}
+
+  def text(cells):
+    if len(cells) == 1:
+      return cells[0]
+    return '  '.join(
+        cells[i].ljust(widths[i]) if i < 2 else cells[i].rjust(widths[i])
+        for i in columns).rstrip()
+
+  return [(text(cells), style) for cells, style in table]
+
+
+class _Printer:
+  """Prints lines in colour on a terminal with rich, else as they are."""
+
+  def __init__(self, file: TextIO):
+    self.width, self._file, self._console = sys.maxsize, file, None
+    if not file.isatty():
+      return
+    self.width = shutil.get_terminal_size().columns
+    try:
+      from rich import console
+    except ModuleNotFoundError:
+      return
+    self._console = console.Console(file=file, width=self.width)
+
+  def __call__(self, text: str, style: str) -> None:
+    if self._console is None:
+      self._file.write(f'{text}\n')
+    else:
+      self._console.print(text, style=style, markup=False, highlight=False)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def accuracy_png(parts: Sequence[tables.Section]) -> bytes:
+  """Accuracy against layer-average tokens, as PNG."""
+  figure = _new_figure(FIGURE_WIDTH, 4.6)
+  figures.draw_accuracy(figure, parts)
+  return _png(figure)
+
+
+def kept_png(parts: Sequence[tables.Section],
+             labels: Sequence[str]) -> bytes | None:
+  """Kept tokens per layer and their distributions, as PNG.
+
+  None when no method keeps different numbers in different layers.
+  """
+  lines = {}
+  for part in parts:
+    for entry in part.of_role('method'):
+      mean = _kept_rows(entry, 'kept_per_layer')
+      if mean is not None and np.ptp(mean) > 0:
+        std = _kept_rows(entry, 'kept_std_per_layer')
+        lines[_label(entry)] = (mean, np.zeros_like(mean) if std is None
+                                else std)
+  if not lines:
+    return None
+  counts = _kept_counts(parts)
+  rows = -(-len(counts) // 2)
+  figure = _new_figure(FIGURE_WIDTH, 2.7 * (1 + rows))
+  grid = figure.add_gridspec(1 + rows, 2)
+  figures.draw_kept_per_layer(figure.add_subplot(grid[0, :]), lines)
+  for index, (label, kept) in enumerate(counts.items()):
+    place = grid[1 + index // 2, index % 2 if len(counts) > 1 else slice(None)]
+    ax = figure.add_subplot(place)
+    colour = list(lines).index(label) if label in lines else index
+    figures.draw_kept_counts(
+        ax, kept, _named(labels, kept.shape[1]),
+        colour=figures.METHOD_COLOURS[colour % len(figures.METHOD_COLOURS)])
+    ax.set_title(label, fontsize=9, color=figures.INK)
+  return _png(figure)
+
+
+def _page_example(example: Mapping[str, Any], labels: Sequence[str],
+                  index: int) -> dict[str, Any]:
+  """The example with one figure a method in place of picture and maps."""
+  image = _decode_image(example['image_png_base64'], index)
+  maps = example.get('keep_maps') or {}
+  strips = {method: _strip(image, keep_maps, labels,
+                           (example.get('thresholds') or {}).get(method))
+            for method, keep_maps in maps.items()}
+  if not strips:
+    strips = {'': _strip(image, [], labels, None)}
+  return {'question': example['question'], 'answer': example['answer'],
+          'predictions': dict(example['predictions']),
+          'figures': {method: (_data_url(png), 1 + len(maps.get(method, ())))
+                      for method, png in strips.items()}}
+
+
+def _strip(image: np.ndarray, keep_maps: Sequence[Any], labels: Sequence[str],
+           thresholds: Sequence[Sequence[float]] | None) -> bytes:
+  columns = 1 + len(keep_maps)
+  figure = _new_figure(1.8 * columns, 2.35)
+  axes = figure.subplots(1, columns, squeeze=False)[0]
+  figures.draw_keep_maps(axes, image, keep_maps,
+                         _named(labels, len(keep_maps)), thresholds)
+  return _png(figure)
+
+
+def _decode_image(text: str, index: int) -> np.ndarray:
+  from matplotlib import image as matplotlib_image
+  try:
+    data = base64.b64decode(text, validate=True)
+    return matplotlib_image.imread(io.BytesIO(data), format='png')
+  except (binascii.Error, ValueError, OSError, SyntaxError) as error:
+    raise ConfigError(f'report example {index}: image_png_base64 is no PNG '
+                      f'({error}); encode the picture anew') from error
+
+
+def _kept_rows(entry: tables.Entry, field: str) -> np.ndarray | None:
+  """Mean over seeds of a per-layer list, or None."""
+  values = [row.get(field) for row in entry.rows]
+  missing = any(value is None or len(value) == 0 for value in values)
+  return None if missing else np.mean(values, 0)
+
+
+def _kept_counts(parts: Sequence[tables.Section]) -> dict[str, np.ndarray]:
+  """Label -> int[instances of all seeds, modules], where rows have them."""
+  found = {}
+  for part in parts:
+    for entry in part.of_role('method'):
+      counts = [row['kept_counts'] for row in entry.rows
+                if row.get('kept_counts') is not None]
+      if counts:
+        found[_label(entry)] = np.concatenate([np.asarray(c) for c in counts])
+  return found
+
+
+def _label(entry: tables.Entry) -> str:
+  return f'{entry.method}, {entry.average_tokens:.3g} tokens on average'
+
+
+def _named(labels: Sequence[str], count: int) -> list[str]:
+  """The labels if they fit, else 'module 1', ..."""
+  return list(labels) if len(labels) == count else [
+      f'module {i + 1}' for i in range(count)]
+
+
+def _new_figure(width: float, height: float) -> Any:
+  import matplotlib.figure
+  return matplotlib.figure.Figure(figsize=(width, height), dpi=DPI,
+                                  layout='constrained')
+
+
+def _png(figure: Any) -> bytes:
+  """The figure as PNG, without the stamp of the version that drew it."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', metadata={'Software': None})
+  return buffer.getvalue()
+
+
+def _data_url(png: bytes | None) -> str | None:
+  if png is None:
+    return None
+  return 'data:image/png;base64,' + base64.b64encode(png).decode('ascii')

@@ -1,0 +1,158 @@
+"""The decoder layers as one scan, with pruning modules between them.
+
+Parameters of all layers are stacked (leading axis M) whatever the method.  A
+module between two layers runs under `lax.cond` inside the same scan: shapes
+stay fixed while masks are trained, and the program stays as small as that of
+one layer.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_compress.compress import atp
+from vlm_compress.config import TextConfig
+from vlm_compress.models.llama import DecoderLayer
+from vlm_compress.nn.attention import attention_probs
+
+
+@flax.struct.dataclass
+class StackInputs:
+  """What all layers share.
+
+  Attributes:
+    positions: int32[B, T].
+    mask: bool[B, T, T], among this row's tokens.
+    read_shift: int32[B, T] or None: text reads a token's key at its position
+      plus this.  Only rows with several compressed images need it.
+    reads: bool[B, T], queries that read at shifted positions.
+    earlier_mask: bool[B, T, S] or None, among earlier tokens.
+    prune: inputs of the pruning modules, or None.
+    collect: attention maps of every layer are returned (analysis).
+  """
+  positions: jax.Array
+  mask: jax.Array
+  read_shift: jax.Array | None = None
+  reads: jax.Array | None = None
+  earlier_mask: jax.Array | None = None
+  prune: atp.PruneInputs | None = None
+  collect: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
+class StackOutputs:
+  """What the layers leave behind.
+
+  Attributes:
+    keys, values: float[M, B, T, K, H], keys rotated.
+    entering: float32[M, B, I, P] keep mask of the visual tokens that enter
+      each layer, or None without pruning.
+    prune: final state of the pruning modules, or None.
+    attention: float32[M, B, T, S], mean over heads, or None.
+  """
+  keys: jax.Array
+  values: jax.Array
+  entering: jax.Array | None
+  prune: atp.PruneState | None
+  attention: jax.Array | None
+
+
+class _Body(nn.Module):
+  """One step of the scan: a layer, then perhaps a module."""
+  config: TextConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, carry, per_layer, shared):
+    x, state = carry
+    module, earlier, earlier_keep = per_layer
+    mask, bias, entering = shared.mask, None, None
+    if shared.prune is not None:
+      entering = state.keep
+      mask, bias = atp.attention_bias(state.keep, shared.prune, mask)
+    own_mask, own_bias = mask, bias
+    if shared.read_shift is not None:
+      reads = shared.reads[:, :, None]
+      mask = jnp.concatenate([mask & ~reads, mask & reads], axis=2)
+    if earlier is not None:
+      readable = shared.earlier_mask & earlier_keep[:, None, :]
+      mask = jnp.concatenate([readable, mask], axis=2)
+    layer = DecoderLayer(self.config, self.dtype, self.param_dtype)
+    nn.share_scope(self, layer)
+    x, (q, k, v) = layer(x, shared.positions, mask, bias, earlier,
+                         shared.read_shift)
+    if shared.prune is not None:
+      state = jax.lax.cond(
+          module >= 0,
+          lambda s: atp.prune(s, module, q, k, own_mask, own_bias,
+                              shared.prune),
+          lambda s: s, state)
+    maps = None
+    if shared.collect:
+      maps = jnp.mean(attention_probs(q, k, own_mask, own_bias), axis=(1, 2))
+    return (x, state), (k, v, entering, maps)
+
+
+def module_schedule(prune_after: tuple[int, ...], num_layers: int) -> np.ndarray:
+  """int32[M]: index of the module behind each layer, or -1."""
+  schedule = np.full(num_layers, -1, np.int32)
+  for module, layer in enumerate(prune_after):
+    if layer > 0:  # a module in front of all layers is in the initial state
+      schedule[layer - 1] = module
+  return schedule
+
+
+class LayerStack(nn.Module):
+  """All decoder layers.
+
+  Attributes:
+    config: sizes.
+    dtype, param_dtype: of activations and of parameters.
+    remat: recompute layers in the backward pass.
+    unroll: layers per scan step; M makes a program without a loop, in which
+      the compiler counts every FLOP.
+  """
+  config: TextConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+  remat: bool = False
+  unroll: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, shared: StackInputs,
+               earlier: tuple[jax.Array, jax.Array] | None = None,
+               earlier_keep: jax.Array | None = None
+               ) -> tuple[jax.Array, StackOutputs]:
+    """Runs all layers.
+
+    Args:
+      x: float[B, T, D].
+      shared: masks, positions, pruning.
+      earlier: keys and values of earlier tokens, float[M, B, S, K, H].
+      earlier_keep: bool[M, B, S], which of them each layer may read.
+
+    Returns:
+      float[B, T, D] and StackOutputs.
+    """
+    num_layers = self.config.num_hidden_layers
+    prune_after = shared.prune.config.prune_after if shared.prune else ()
+    schedule = jnp.asarray(module_schedule(prune_after, num_layers))
+    body = _Body
+    if self.remat:
+      body = nn.remat(body, prevent_cse=False)
+    scan = nn.scan(body, variable_axes={'params': 0},
+                   split_rngs={'params': True},
+                   in_axes=(0, nn.broadcast), out_axes=0, length=num_layers,
+                   unroll=self.unroll,
+                   metadata_params={nn.PARTITION_NAME: 'layers'})
+    state = atp.initial_state(shared.prune) if shared.prune else None
+    (x, state), (k, v, entering, maps) = scan(
+        self.config, self.dtype, self.param_dtype, name='layers')(
+            (x, state), (schedule, earlier, earlier_keep), shared)
+    return x, StackOutputs(keys=k, values=v, entering=entering, prune=state,
+                           attention=maps)

@@ -1,0 +1,122 @@
+"""One LLaMA decoder layer: RMSNorm, grouped-query attention, SwiGLU.
+
+Parameter names are Hugging Face's.  The layer gets positions and masks; it
+makes none.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_compress.config import TextConfig
+from vlm_compress.nn.attention import attention
+from vlm_compress.nn.linear import linear
+from vlm_compress.nn.norms import RMSNorm
+from vlm_compress.nn.rope import rope
+from vlm_compress.sharding import constrain
+
+
+class Attention(nn.Module):
+  """Self-attention over earlier keys and this row's own.
+
+  Attributes:
+    config: sizes.
+    dtype, param_dtype: of activations and of parameters.
+  """
+  config: TextConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, positions, mask, bias, earlier, read_shift):
+    """See DecoderLayer; returns output, rotated q, rotated k and v."""
+    cfg = self.config
+    B, T, _ = x.shape
+    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+
+    def project(heads, name, axis):
+      dense = linear(heads * H, ('embed', axis), name=name,
+                     std=cfg.initializer_range, use_bias=cfg.attention_bias,
+                     dtype=self.dtype, param_dtype=self.param_dtype)
+      return dense(x).reshape(B, T, heads, H)
+
+    q = rope(project(N, 'q_proj', 'heads'), positions, cfg.rope_theta)
+    k = rope(project(K, 'k_proj', 'kv_heads'), positions, cfg.rope_theta)
+    v = project(K, 'v_proj', 'kv_heads')
+    q = constrain(q, 'batch', 'length', 'heads', None)
+    all_k, all_v = k, v
+    if read_shift is not None:
+      moved = rope(k, read_shift, cfg.rope_theta)
+      all_k = jnp.concatenate([k, moved], axis=1)
+      all_v = jnp.concatenate([v, v], axis=1)
+    if earlier is not None:
+      all_k = jnp.concatenate([earlier[0].astype(k.dtype), all_k], axis=1)
+      all_v = jnp.concatenate([earlier[1].astype(v.dtype), all_v], axis=1)
+    out = attention(q, all_k, all_v, mask, bias).reshape(B, T, N * H)
+    out = linear(cfg.hidden_size, ('heads', 'embed'), name='o_proj',
+                 std=cfg.initializer_range, dtype=self.dtype,
+                 param_dtype=self.param_dtype)(out)
+    return out, (q, k, v)
+
+
+class MLP(nn.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+  config: TextConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    """float[B, T, D] -> float[B, T, D]."""
+    cfg = self.config
+    wide = lambda name: linear(
+        cfg.intermediate_size, ('embed', 'mlp'), name=name,
+        std=cfg.initializer_range, dtype=self.dtype,
+        param_dtype=self.param_dtype)(x)
+    hidden = jax.nn.silu(wide('gate_proj')) * wide('up_proj')
+    hidden = constrain(hidden, 'batch', 'length', 'mlp')
+    return linear(cfg.hidden_size, ('mlp', 'embed'), name='down_proj',
+                  std=cfg.initializer_range, dtype=self.dtype,
+                  param_dtype=self.param_dtype)(hidden)
+
+
+class DecoderLayer(nn.Module):
+  """Pre-norm decoder layer.
+
+  Attributes:
+    config: sizes.
+    dtype, param_dtype: of activations and of parameters.
+  """
+  config: TextConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, positions, mask, bias=None, earlier=None,
+               read_shift=None):
+    """Runs the layer.
+
+    Args:
+      x: float[B, T, D].
+      positions: int32[B, T].
+      mask: bool[B, T, S], S = earlier tokens + T (+ T with read_shift).
+      bias: float32[B, T, S] or None.
+      earlier: rotated keys and values of earlier tokens,
+        float[B, ., K, H] each, or None.
+      read_shift: int32[B, T] or None.  If given, every key stands twice in
+        S: first at its position, then at its position plus this, and the mask
+        says which query reads which copy.
+
+    Returns:
+      float[B, T, D] and (q, k, v) of this row's tokens, q and k rotated.
+    """
+    cfg = self.config
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    norm = lambda name: RMSNorm(cfg.rms_norm_eps, self.param_dtype, name=name)
+    attended, qkv = Attention(cfg, name='self_attn', **kinds)(
+        norm('input_layernorm')(x), positions, mask, bias, earlier, read_shift)
+    x = x + attended
+    x = x + MLP(cfg, name='mlp', **kinds)(norm('post_attention_layernorm')(x))
+    return constrain(x, 'batch', 'length', 'act_embed'), qkv

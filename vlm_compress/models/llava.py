@@ -1,0 +1,350 @@
+"""LLaVA: visual features, projector, decoder; full, VoCo and ATP forms.
+
+Every method is a pure function of (params, arrays).  Which form runs is an
+argument: the same parameters serve the plain model, the VoCo mask in one pass
+or two, and soft or hard pruning.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vlm_compress.compress import atp
+from vlm_compress.compress.baselines.pooling import average_pool
+from vlm_compress.compress.baselines.qformer import QFormer
+from vlm_compress.compress.voco import hidden_from_text, voco_mask
+from vlm_compress.config import LlavaConfig, check
+from vlm_compress.models.language_model import LanguageModel
+from vlm_compress.models.layer_stack import StackInputs, StackOutputs
+from vlm_compress.models.projector import Projector
+from vlm_compress.models.sequence import TEXT, VISUAL, VOCO, Batch, VocoBatch
+from vlm_compress.nn.kv_cache import KVCache, append
+from vlm_compress.nn.linear import linear
+from vlm_compress.nn.masks import causal_mask
+from vlm_compress.nn.rope import rope
+from vlm_compress.sharding import constrain
+
+
+@flax.struct.dataclass
+class PruneOptions:
+  """How the modules of an ATP model run.
+
+  Attributes:
+    temperature: float32[], tau of soft masks.
+    threshold_shift: float32[], the dial at inference; None takes the config's.
+    row_ids: int32[B], for the selector 'random'; None gives zeros.
+    seed: int32[], for the selector 'random'.
+    hard: masks are 0 or 1 (inference).
+  """
+  temperature: jax.Array | float = 1.0
+  threshold_shift: jax.Array | None = None
+  row_ids: jax.Array | None = None
+  seed: jax.Array | int = 0
+  hard: bool = flax.struct.field(pytree_node=False, default=True)
+
+
+@flax.struct.dataclass
+class Prefix:
+  """Keys and values of compressed images, in front of text.
+
+  Attributes:
+    keys, values: float[M, B, S, K, H], keys at their read positions.
+    valid: bool[B, S].
+    order: int32[B, S], text at a later position may read them.
+  """
+  keys: jax.Array
+  values: jax.Array
+  valid: jax.Array
+  order: jax.Array
+
+
+class Llava(nn.Module):
+  """LLaVA over frozen vision features.
+
+  Attributes:
+    config: the model.
+    unroll: see LayerStack.
+  """
+  config: LlavaConfig
+  unroll: int = 1
+
+  def setup(self):
+    cfg = self.config
+    dtype, param_dtype = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
+    std, hidden_size = cfg.text.initializer_range, cfg.text.hidden_size
+    self.multi_modal_projector = Projector(
+        hidden_size, cfg.projector_hidden_act, std, dtype, param_dtype)
+    self.language_model = LanguageModel(cfg, self.unroll)
+    if cfg.resampler == 'qformer':
+      self.resampler = QFormer(cfg.num_query_tokens,
+                               cfg.text.num_attention_heads, std, dtype,
+                               param_dtype)
+    elif cfg.resampler == 'avg_pool_linear':
+      self.resampler = linear(hidden_size, ('embed', None), name=None,
+                              std=std, use_bias=True, dtype=dtype,
+                              param_dtype=param_dtype)
+    if cfg.voco is not None:
+      rows = cfg.voco.num_voco_tokens if cfg.voco.distinct_rows else 1
+      # N(0, 0.02) in the released code; ours follows initializer_range, whose
+      # default is the same.
+      self.voco_embedding = self.param(
+          'voco_embedding', nn.with_logical_partitioning(
+              nn.initializers.normal(std), (None, 'embed')),
+          (rows, hidden_size), param_dtype)
+    if cfg.atp is not None and cfg.atp.selector == 'adaptive':
+      self.atp = atp.ThresholdHeads(len(cfg.atp.prune_after),
+                                    cfg.num_visual_tokens, cfg.atp)
+
+  def visual_tokens(self, features: jax.Array) -> jax.Array:
+    """float[B, I, P', Dv] vision features -> float[B, I, P, D]."""
+    cfg = self.config
+    if cfg.resampler == 'avg_pool_linear':
+      features = average_pool(features, cfg.num_query_tokens)
+    tokens = self.multi_modal_projector(features)
+    if cfg.resampler == 'avg_pool_linear':
+      tokens = self.resampler(tokens)
+    elif cfg.resampler == 'avg_pool':
+      tokens = average_pool(tokens, cfg.num_query_tokens)
+    elif cfg.resampler == 'qformer':
+      B, I = tokens.shape[:2]
+      tokens = self.resampler(tokens.reshape(B * I, *tokens.shape[2:]))
+      tokens = tokens.reshape(B, I, *tokens.shape[1:])
+    return tokens
+
+  def embed(self, batch: Batch) -> jax.Array:
+    """Embeddings of all tokens of a batch, float[B, T, D]."""
+    x = self.language_model.embed(batch.input_ids)
+    B, _, D = x.shape
+    if batch.features.shape[1] > 0:
+      visual = self.visual_tokens(batch.features).reshape(B, -1, D)
+      index = jnp.maximum(batch.visual_slots, 0)[..., None]
+      picked = jnp.take_along_axis(visual, index, axis=1)
+      x = jnp.where((batch.token_types == VISUAL)[..., None], picked, x)
+    if self.config.voco is not None:
+      x = jnp.where((batch.token_types == VOCO)[..., None],
+                    self._voco_rows(batch.voco_slots).astype(x.dtype), x)
+    return constrain(x, 'batch', 'length', 'act_embed')
+
+  def _voco_rows(self, slots: jax.Array) -> jax.Array:
+    rows = self.voco_embedding.shape[0]
+    return self.voco_embedding[jnp.clip(slots, 0, rows - 1)]
+
+  def _mask(self, batch: Batch, mask: str) -> jax.Array:
+    if mask == 'causal':
+      return causal_mask(batch.valid, batch.turn_ids)
+    check(mask == 'voco' and self.config.voco is not None,
+          f'mask={mask!r}: use causal, or voco with a config that has voco')
+    return voco_mask(batch.valid, batch.token_types == VOCO,
+                     batch.token_types == VISUAL, batch.image_ids,
+                     batch.turn_ids, self.config.voco.text_sees_prefix)
+
+  def _prune_inputs(self, batch: Batch, options: PruneOptions
+                    ) -> atp.PruneInputs:
+    cfg = self.config
+    B, I = batch.features.shape[:2]
+    P = cfg.num_visual_tokens
+    slots = batch.visual_slots
+    # Scatter positions to the canvas; tokens without a slot fall off its end.
+    target = jnp.where(slots >= 0, slots, I * P)
+    index = jnp.zeros((B, I * P + 1), jnp.int32)
+    index = index.at[jnp.arange(B)[:, None], target].set(
+        jnp.arange(slots.shape[1]))[:, :-1].reshape(B, I, P)
+    row_ids = options.row_ids
+    row_ids = jnp.zeros(B, jnp.int32) if row_ids is None else row_ids
+    shift = options.threshold_shift
+    shift = cfg.atp.threshold_shift if shift is None else shift
+    return atp.PruneInputs(
+        heads=self.atp() if cfg.atp.selector == 'adaptive' else None,
+        visual_index=index, image_valid=batch.image_valid,
+        visual_slots=slots, image_ids=batch.image_ids,
+        prompt_weight=batch.prompt_mask.astype(jnp.float32),
+        order=atp.selection_order(cfg.atp.selector, (B, I, P),
+                                  cfg.vision.grid_size, row_ids,
+                                  options.seed),
+        temperature=jnp.float32(options.temperature),
+        threshold_shift=jnp.float32(shift), hard=options.hard,
+        config=cfg.atp, grid_size=cfg.vision.grid_size)
+
+  def hidden(self, batch: Batch, *, mask: str = 'causal',
+             prune: PruneOptions | None = None, collect: bool = False
+             ) -> tuple[jax.Array, StackOutputs]:
+    """Hidden states of all tokens.
+
+    Args:
+      batch: T tokens per row.
+      mask: 'causal', or 'voco' for the masked single pass.
+      prune: how ATP's modules run; None runs the plain model.
+      collect: also return attention maps.
+
+    Returns:
+      float[B, T, D] after the final norm, and StackOutputs.
+    """
+    x = self.embed(batch)
+    if self.is_initializing() and hasattr(self, 'atp'):
+      self.atp()
+    several = mask == 'voco' and batch.features.shape[1] > 1
+    shift = batch.read_positions - batch.positions if several else None
+    shared = StackInputs(
+        positions=batch.positions, mask=self._mask(batch, mask),
+        read_shift=shift,
+        reads=batch.image_ids == 0 if several else None,
+        prune=self._prune_inputs(batch, prune) if prune is not None else None,
+        collect=collect)
+    return self.language_model(x, shared)
+
+  def __call__(self, batch: Batch, *, mask: str = 'causal',
+               prune: PruneOptions | None = None, collect: bool = False
+               ) -> tuple[jax.Array, StackOutputs]:
+    """Logits of all tokens, float32[B, T, V], and StackOutputs."""
+    hidden, outputs = self.hidden(batch, mask=mask, prune=prune,
+                                  collect=collect)
+    return self.language_model.logits(hidden), outputs
+
+  def compress(self, features: jax.Array, image_valid: jax.Array,
+               segment_ids: tuple[int, ...], voco_positions: jax.Array
+               ) -> Prefix:
+    """First pass of VoCo: every image alone, plain causal (exact, ours).
+
+    Args:
+      features: float[B, I, P', Dv].
+      image_valid: bool[B, I].
+      segment_ids: S1 token ids of BOS, P visual, newline, C VoCo.
+      voco_positions: int32[B, I, C], where text reads the VoCo tokens.
+
+    Returns:
+      The keys and values of the VoCo tokens (with text_sees_prefix also of
+      BOS and the newline), S = I * C per row.
+    """
+    B, I, C = voco_positions.shape
+    P, S1 = self.config.num_visual_tokens, len(segment_ids)
+    visual = self.visual_tokens(features).reshape(B * I, P, -1)
+    x = self.language_model.embed(jnp.asarray(segment_ids))
+    x = jnp.broadcast_to(x, (B * I, *x.shape))
+    x = x.at[:, 1:1 + P].set(visual.astype(x.dtype))
+    x = x.at[:, S1 - C:].set(self._voco_rows(jnp.arange(C)).astype(x.dtype))
+    ones = jnp.ones((B * I, S1), bool)
+    positions = jnp.broadcast_to(jnp.arange(S1), (B * I, S1))
+    _, out = self.language_model(x, StackInputs(
+        positions=positions, mask=causal_mask(ones, jnp.zeros_like(positions))))
+    sees_prefix = self.config.voco.text_sees_prefix
+    kept = [*range(S1 - C, S1)]
+    if sees_prefix:
+      kept = [0, *range(1 + P, S1 - C)] + kept
+    per_row = lambda y: y[:, :, jnp.asarray(kept)].reshape(
+        y.shape[0], B, I * len(kept), *y.shape[3:])
+    own = positions[:, jnp.asarray(kept)].reshape(B, I, len(kept))
+    read = own.at[..., len(kept) - C:].set(voco_positions)
+    shift = (read - own).reshape(B, -1)
+    move = lambda k: rope(k, shift, self.config.text.rope_theta)
+    valid = jnp.broadcast_to(image_valid[..., None], own.shape)
+    if sees_prefix:  # one BOS per row
+      valid = valid.at[:, 1:, 0].set(False)
+    order = jnp.broadcast_to(voco_positions[..., :1], own.shape)
+    return Prefix(keys=jax.vmap(move)(per_row(out.keys)),
+                  values=per_row(out.values), valid=valid.reshape(B, -1),
+                  order=order.reshape(B, -1))
+
+  def read(self, text: Batch, prefix: Prefix) -> tuple[jax.Array, StackOutputs]:
+    """Second pass of VoCo: text with the prefix in front; logits and outputs."""
+    later = text.positions[:, :, None] > prefix.order[:, None, :]
+    shared = StackInputs(
+        positions=text.positions,
+        mask=causal_mask(text.valid, text.turn_ids),
+        earlier_mask=later & prefix.valid[:, None, :])
+    M = prefix.keys.shape[0]
+    keep = jnp.broadcast_to(prefix.valid, (M, *prefix.valid.shape))
+    hidden, out = self.language_model(
+        self.language_model.embed(text.input_ids), shared,
+        (prefix.keys, prefix.values), keep)
+    return self.language_model.logits(hidden), out
+
+  def two_pass(self, batch: VocoBatch) -> jax.Array:
+    """VoCo as two dense causal passes; logits of the text, [B, Tt, V]."""
+    prefix = self.compress(batch.text.features, batch.text.image_valid,
+                           batch.segment_ids, batch.voco_positions)
+    return self.read(batch.text, prefix)[0]
+
+  def prefill(self, batch: Batch, *, mask: str = 'causal',
+              prune: PruneOptions | None = None
+              ) -> tuple[jax.Array, KVCache, StackOutputs]:
+    """Runs prompts and keeps what later tokens may read.
+
+    Args:
+      batch: prompts without turns; mask, prune: as in `hidden`.
+
+    Returns:
+      float32[B, V] logits of the next token, the cache, StackOutputs.
+    """
+    hidden, out = self.hidden(batch, mask=mask, prune=prune)
+    valid = batch.valid
+    T = valid.shape[1]
+    last = jnp.argmax(jnp.where(valid, jnp.arange(T), -1), axis=1)
+    pick = lambda x: jnp.take_along_axis(x, last[:, None], axis=1)[:, 0]
+    at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    readable, keys = valid, out.keys
+    if mask == 'voco':
+      readable = valid & ~hidden_from_text(
+          batch.token_types == VOCO, batch.token_types == VISUAL,
+          batch.image_ids, self.config.voco.text_sees_prefix)
+      shift = batch.read_positions - batch.positions
+      keys = jax.vmap(
+          lambda k: rope(k, shift, self.config.text.rope_theta))(keys)
+    readable = jnp.broadcast_to(readable, (keys.shape[0], *readable.shape))
+    if out.entering is not None:
+      flat = out.entering.reshape(*out.entering.shape[:2], -1)
+      slots = jnp.broadcast_to(batch.visual_slots, readable.shape)
+      kept = jnp.take_along_axis(flat, jnp.maximum(slots, 0), axis=2) > 0.5
+      readable = readable & (kept | (slots < 0))
+    cache = KVCache(keys=keys, values=out.values, readable=readable,
+                    length=jnp.int32(T), positions=pick(batch.positions) + 1)
+    return self.language_model.logits(at_last), cache, out
+
+  def extend(self, tokens: jax.Array, cache: KVCache
+             ) -> tuple[jax.Array, KVCache]:
+    """One more token per row.
+
+    Args:
+      tokens: int32[B].
+      cache: with at least one free slot.
+
+    Returns:
+      float32[B, V] logits of the token after it, and the longer cache.
+    """
+    B = tokens.shape[0]
+    shared = StackInputs(
+        positions=cache.positions[:, None],
+        mask=jnp.ones((B, 1, 1), bool),
+        earlier_mask=jnp.ones((B, 1, cache.size), bool))
+    hidden, out = self.language_model(
+        self.language_model.embed(tokens[:, None]), shared,
+        (cache.keys, cache.values), cache.readable)
+    cache = append(cache, out.keys, out.values)
+    return self.language_model.logits(hidden[:, 0]), cache
+
+
+def example_batch(config: LlavaConfig, num_rows: int = 1, num_images: int = 1,
+                  num_text: int = 4) -> Batch:
+  """A batch of the right shapes and zero content, to initialise with."""
+  P = config.num_visual_tokens
+  T = num_images * P + num_text
+  types = jnp.full((num_rows, T), TEXT).at[:, :num_images * P].set(VISUAL)
+  zeros = jnp.zeros((num_rows, T), jnp.int32)
+  slots = jnp.where(types == VISUAL, jnp.arange(T), -1)
+  return Batch(
+      input_ids=zeros, token_types=types,
+      positions=jnp.broadcast_to(jnp.arange(T), (num_rows, T)),
+      read_positions=jnp.broadcast_to(jnp.arange(T), (num_rows, T)),
+      image_ids=jnp.where(slots >= 0, slots // P + 1, 0), visual_slots=slots,
+      voco_slots=zeros - 1, turn_ids=zeros, prompt_mask=types == TEXT,
+      loss_mask=types == TEXT,
+      features=jnp.zeros((num_rows, num_images, config.num_patches,
+                          config.vision.hidden_size)),
+      image_valid=jnp.ones((num_rows, num_images), bool))
+
+
+def init_params(model: Llava, rng: jax.Array):
+  """Fresh parameters (boxed with logical axis names)."""
+  return model.init(rng, example_batch(model.config))['params']

@@ -1,0 +1,124 @@
+"""Mesh, logical axis rules and the one way to constrain an activation.
+
+Sharding is data: parameters and a few activations carry logical axis names,
+RULES maps the names to mesh axes, and nothing else in the code knows about
+devices.  `constrain` exists because a misspelt logical axis is otherwise
+silently left unsharded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlm_compress.config import check
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+# logical axis -> mesh axis (or axes); None is replicated
+RULES: dict[str, Any] = {
+    'batch': ('data', 'fsdp'),
+    'length': None,
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'mlp': 'tensor',
+    'vocab': 'tensor',
+    'layers': None,
+    'modules': None,
+    'act_embed': None,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
+              devices: list[jax.Device] | None = None) -> Mesh:
+  """A (data, fsdp, tensor) mesh over all devices.
+
+  Args:
+    data, fsdp, tensor: devices along each axis; data=-1 takes what is left.
+    devices: devices to use, all of them by default.
+
+  Returns:
+    A mesh with automatic axes.
+
+  Raises:
+    ConfigError: the product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  num_devices = len(devices)
+  if data == -1:
+    check(num_devices % (fsdp * tensor) == 0,
+          f'mesh fsdp={fsdp} x tensor={tensor} does not divide '
+          f'{num_devices} devices')
+    data = num_devices // (fsdp * tensor)
+  shape = (data, fsdp, tensor)
+  check(math.prod(shape) == num_devices,
+        f'mesh data={data} x fsdp={fsdp} x tensor={tensor} needs '
+        f'{math.prod(shape)} devices, but there are {num_devices}; '
+        'data=-1 takes all that are left')
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3,
+                       devices=devices)
+
+
+def partition_spec(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
+  """PartitionSpec of logical axis names; an unknown name raises."""
+  for name in logical_axes:
+    check(name is None or name in RULES,
+          f'unknown logical axis {name!r}; known: {sorted(RULES)}')
+  return PartitionSpec(*(RULES[n] if n is not None else None
+                         for n in logical_axes))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+  """Constrains an activation's sharding under the mesh of `jax.set_mesh`.
+
+  Without a mesh it only checks the names.
+  """
+  check(len(logical_axes) == x.ndim,
+        f'{len(logical_axes)} logical axes {logical_axes} for an array of '
+        f'shape {x.shape}')
+  spec = partition_spec(logical_axes)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def tree_shardings(abstract_params: Any, mesh: Mesh) -> Any:
+  """NamedShardings of a parameter tree with Linen's partitioning metadata.
+
+  Axes that a dimension's size does not divide are replicated: tiny models run
+  on any mesh.
+
+  Args:
+    abstract_params: tree of (boxed) arrays or ShapeDtypeStructs.
+    mesh: the mesh.
+
+  Returns:
+    The same tree, unboxed, of NamedSharding.
+  """
+  def leaf(x):
+    names = x.names if isinstance(x, nn.Partitioned) else ()
+    value = x.value if isinstance(x, nn.Partitioned) else x
+    spec = partition_spec(tuple(names))
+    fitting = [axes if _divides(size, axes, mesh) else None
+               for size, axes in zip(value.shape, spec)]
+    return NamedSharding(mesh, PartitionSpec(*fitting))
+  return jax.tree.map(leaf, abstract_params,
+                      is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def _divides(size: int, axes: Any, mesh: Mesh) -> bool:
+  if axes is None:
+    return True
+  axes = (axes,) if isinstance(axes, str) else axes
+  return size % math.prod(mesh.shape[a] for a in axes) == 0
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of an array whose first axis is the batch."""
+  return NamedSharding(mesh, partition_spec(('batch',)))

@@ -1,0 +1,58 @@
+"""What a training run is: its stage, its data and its optimiser settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vlm_compress.config import check
+
+STAGES = ('align', 'instruct', 'voco', 'atp')
+# Which parameters learn, by a prefix of their path; () is all of them.
+PROJECTOR_ONLY = ('multi_modal_projector/',)
+ATP_ONLY = ('atp/',)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """One training stage.
+
+  Attributes:
+    stage: 'align' and 'instruct' train the plain model by next-token loss,
+      'voco' under the VoCo mask in two passes, 'atp' with pruning modules.
+    steps: optimiser steps.
+    batch_size: pictures per step.
+    learning_rate: peak; warmup_steps linear, then cosine to
+      final_learning_rate.
+    b2, weight_decay, clip_norm: AdamW and global-norm clipping.
+    trainable: path prefixes of the parameters that learn; () is all.
+    seed: of initialisation, data order and selection.
+    log_steps, checkpoint_steps: intervals.
+    teacher: 'none', 'self' (same parameters, causal mask, no gradient) or
+      'frozen' (the parameters that training started from); used when
+      voco.distill_weight > 0.
+  """
+  stage: str = 'instruct'
+  steps: int = 1000
+  batch_size: int = 16
+  learning_rate: float = 2e-3
+  warmup_steps: int = 50
+  final_learning_rate: float = 1e-5
+  b2: float = 0.98
+  weight_decay: float = 0.05
+  clip_norm: float = 1.0
+  trainable: tuple[str, ...] = ()
+  seed: int = 0
+  log_steps: int = 25
+  checkpoint_steps: int = 200
+  teacher: str = 'none'
+
+  def __post_init__(self):
+    check(self.stage in STAGES, f'train.stage={self.stage!r}: use one of '
+          f'{STAGES}')
+    check(self.teacher in ('none', 'self', 'frozen'),
+          f'train.teacher={self.teacher!r}: use none, self or frozen')
+    for name in ('steps', 'batch_size', 'log_steps', 'checkpoint_steps'):
+      check(getattr(self, name) >= 1, f'train.{name}: at least 1')
+    check(0 <= self.warmup_steps <= self.steps,
+          f'train.warmup_steps={self.warmup_steps}: between 0 and '
+          f'train.steps={self.steps}')
