@@ -61,7 +61,14 @@ def quickstart(argv: list[str]) -> int:
   return command.main(argv)
 
 
-COMMANDS = {f.__name__: f for f in (quickstart, train, evaluate, generate)}
+def study(argv: list[str]) -> int:
+  """trains all methods and floors with several seeds; writes a report"""
+  from vlm_compress.cli import study as command
+  return command.main(argv)
+
+
+COMMANDS = {f.__name__: f
+            for f in (quickstart, train, evaluate, generate, study)}
 
 
 def usage() -> str:

@@ -189,17 +189,24 @@ def atp_rows(bench: Bench, base: LlavaConfig, base_params: Any,
   atp = dataclasses.replace(trained.atp, selector='fixed', fixed_counts=counts)
   bench.run(Method('ATP scores, fixed count',
                    dataclasses.replace(trained, atp=atp), params, seed=seed))
+  pruned_floors(bench, base, base_params, trained, counts,
+                row['layer_average_tokens'], seed)
+  return row
+
+
+def pruned_floors(bench: Bench, base: LlavaConfig, params: Any,
+                  trained: LlavaConfig, counts: tuple[int, ...],
+                  average: float, seed: int) -> None:
+  """Random and uniform at an ATP run's counts, and pooling at its average."""
   for name in ('random', 'uniform'):
     atp = dataclasses.replace(trained.atp, selector=name, fixed_counts=counts)
     label = 'uniform grid' if name == 'uniform' else name
     bench.run(Method(label, dataclasses.replace(base, voco=None, atp=atp),
-                     base_params, trained=False, seed=seed))
-  count = int(round(row['layer_average_tokens']))
+                     params, trained=False, seed=seed))
   pooled = dataclasses.replace(base, voco=None, resampler='avg_pool',
-                               num_query_tokens=count)
-  bench.run(Method('average pooling', pooled, base_params, trained=False,
+                               num_query_tokens=int(round(average)))
+  bench.run(Method('average pooling', pooled, params, trained=False,
                    seed=seed))
-  return row
 
 
 def module_counts(answers: Answers) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ tokens (by score, at random, on a uniform grid), which are the floors.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -87,7 +88,7 @@ class ThresholdHeads(nn.Module):
   def __call__(self) -> dict[str, Any]:
     """The parameters, float32, each with leading axis L."""
     L, hidden = self.num_modules, self.config.threshold_hidden_size
-    logit = lambda p: float(jnp.log(p / (1.0 - p)))
+    logit = lambda p: math.log(p / (1.0 - p))
 
     def layer(name, size_in, size_out, bias, std):
       def init(rng):

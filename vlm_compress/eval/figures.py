@@ -264,7 +264,7 @@ def draw_keep_maps(axes: Sequence[Any], image: Any, keep_maps: Sequence[Any],
   for module, keep_map in enumerate(keep_maps):
     keep = np.asarray(keep_map, bool)
     title = f'{labels[module]}\n{keep.sum()} of {keep.size} kept'
-    if thresholds:
+    if thresholds is not None:
       theta_r, theta_s = thresholds[module]
       title += f'\nθr {theta_r:.2f}   θs {theta_s:.2f}'
     draw_keep_map(axes[module + 1], image, keep, title)

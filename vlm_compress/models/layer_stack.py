@@ -18,6 +18,7 @@ from vlm_compress.compress import atp
 from vlm_compress.config import TextConfig
 from vlm_compress.models.llama import DecoderLayer
 from vlm_compress.nn.attention import attention_probs
+from vlm_compress.nn.rope import rope
 
 
 @flax.struct.dataclass
@@ -94,8 +95,20 @@ class _Body(nn.Module):
           lambda s: s, state)
     maps = None
     if shared.collect:
-      maps = jnp.mean(attention_probs(q, k, own_mask, own_bias), axis=(1, 2))
+      maps = self._maps(q, k, own_mask, own_bias, shared)
     return (x, state), (k, v, entering, maps)
+
+  def _maps(self, q, k, mask, bias, shared):
+    """Attention among this row's tokens, mean over heads."""
+    if shared.read_shift is None:
+      return jnp.mean(attention_probs(q, k, mask, bias), axis=(1, 2))
+    # Every key stands twice, at two positions; a query reads one of them.
+    moved = rope(k, shared.read_shift, self.config.rope_theta)
+    reads = shared.reads[:, :, None]
+    mask = jnp.concatenate([mask & ~reads, mask & reads], axis=2)
+    probs = attention_probs(q, jnp.concatenate([k, moved], axis=1), mask)
+    probs = jnp.mean(probs, axis=(1, 2))
+    return sum(jnp.split(probs, 2, axis=2))
 
 
 def module_schedule(prune_after: tuple[int, ...], num_layers: int) -> np.ndarray:

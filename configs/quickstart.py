@@ -1,0 +1,10 @@
+"""The stages of the quickstart: align, instruct, voco8, voco1, atp.
+
+  vlm-compress train --config=configs/quickstart.py:voco8 \
+    --config.init_from=quickstart/base --workdir=quickstart/voco8
+
+The page itself is vlm_compress/cli/quickstart_config.py, because an installed
+package has no configs directory.
+"""
+
+from vlm_compress.cli.quickstart_config import get_config  # noqa: F401

@@ -1,0 +1,72 @@
+"""A longer study: every method trained, floors trained too, three seeds.
+
+Command:   vlm-compress study --config=configs/study.py --workdir=study
+One stage: vlm-compress train --config=configs/study.py:voco1 --workdir=...
+Hardware:  2 CPU cores, 6 GB; it may be interrupted and goes on.
+Expected:  the table in the README.
+
+All compressed models and all floors start from one base model and train for
+the same number of steps.  `base` is that model's own page.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from vlm_compress.cli import quickstart_config
+
+STEPS = 400
+# In the order they run; floors that take their counts from an ATP run follow.
+PLAN = ('ub', 'voco1', 'voco2', 'voco4', 'voco8', 'pool1', 'qformer1',
+        'atp25', 'random25', 'uniform25', 'fixed25', 'pool25', 'atp35',
+        'atp18')
+ATP_PERCENT = {'atp35': 35, 'atp25': 25, 'atp18': 18}
+# Trained floor -> the ATP run whose kept counts it takes.
+COUNTS_FROM = {'random25': 'atp25', 'uniform25': 'atp25', 'fixed25': 'atp25'}
+
+
+def _voco(num_voco_tokens: int) -> dict:
+  return {'model': {'voco': {'num_voco_tokens': num_voco_tokens}},
+          'rows': {'num_voco_tokens': (num_voco_tokens,)},
+          'train': {'stage': 'voco'}}
+
+
+def _resampler(kind: str, num_tokens: int) -> dict:
+  return {'model': {'resampler': kind, 'num_query_tokens': num_tokens,
+                    'voco': None},
+          'rows': {'num_voco_tokens': (0,)}, 'train': {'stage': 'instruct'}}
+
+
+def _pruned(selector: str, percent: float) -> dict:
+  tokens = quickstart_config.NUM_VISUAL * percent / 100
+  atp = {'prune_after': (1, 3, 6), 'selector': selector,
+         'target_tokens': tokens, 'lambda_target': 2.0, 'lambda_atp': 0.02}
+  if selector != 'adaptive':
+    atp['fixed_counts'] = (1, 1, 1)  # the study sets them from the ATP run
+  return {'model': {'voco': None, 'atp': atp},
+          'rows': {'num_voco_tokens': (0,), 'one_turn': True, 'length': 82},
+          'train': {'stage': 'atp', 'batch_size': 48}}
+
+
+def get_config(stage: str = 'base') -> ConfigDict:
+  """The config of a stage: base, or one of PLAN."""
+  config = quickstart_config.get_config('instruct')
+  config.data.options.num_train = 6000
+  config.eval.update(num_test=500)
+  if stage == 'base':
+    return config
+  changes = {
+      'ub': {'rows': {'num_voco_tokens': (0, 1, 2, 4, 8)}},
+      'pool1': _resampler('avg_pool_linear', 1),
+      'qformer1': _resampler('qformer', 1),
+      'pool25': _resampler('avg_pool', 16),
+      **{f'voco{c}': _voco(c) for c in (1, 2, 4, 8)},
+      **{name: _pruned('adaptive', p) for name, p in ATP_PERCENT.items()},
+      **{f'{s}25': _pruned(s, 25) for s in ('random', 'uniform', 'fixed')},
+  }[stage]
+  config = ConfigDict(config.to_dict())
+  for section, fields in changes.items():
+    for name, value in fields.items():
+      config[section][name] = value
+  config.train.update(steps=STEPS, learning_rate=1e-3, warmup_steps=20)
+  return config

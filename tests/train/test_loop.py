@@ -1,0 +1,274 @@
+"""The loop: exact resume, refusals, one device or eight, what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import core_helpers as helpers
+import jax
+import numpy as np
+import pytest
+
+from vlm_compress import sharding
+from vlm_compress.config import AtpConfig, ConfigError, LlavaConfig, TextConfig, VisionConfig
+from vlm_compress.data.examples import Example, Turn
+from vlm_compress.data.input_pipeline import make_dataset
+from vlm_compress.data.rows import plain_collate, row_maker, RowSpec
+from vlm_compress.data.tokenizer import word_level
+from vlm_compress.models.llava import Llava
+from vlm_compress.train import checkpoint
+from vlm_compress.train.loop import fit, start_params
+from vlm_compress.train.recipe import Recipe
+
+WORDS = 'apple dog cat red blue what is at the top left right'.split()
+TOKENIZER = word_level([' '.join(WORDS), 'USER: ASSISTANT:', '?', '.'])
+CONFIG = LlavaConfig(
+    vision=VisionConfig(image_size=4, patch_size=2, hidden_size=8,
+                        intermediate_size=8, num_hidden_layers=2,
+                        num_attention_heads=2),
+    text=TextConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=16,
+                    intermediate_size=16, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1,
+                    max_position_embeddings=64, initializer_range=0.1))
+ATP = dataclasses.replace(CONFIG, atp=AtpConfig(
+    prune_after=(1,), target_tokens=3.0, threshold_hidden_size=4))
+RECIPE = Recipe(steps=7, batch_size=8, learning_rate=1e-2, warmup_steps=2,
+                log_steps=2, checkpoint_steps=2, seed=5)
+SPEC = RowSpec(length=24, one_turn=True)
+
+
+def _examples():
+  rng = np.random.default_rng(0)
+  return [Example(str(i), tuple(
+      Turn(f'what is at the {side}?', str(rng.choice(WORDS)))
+      for side in ('left', 'right')), images=(b'picture',))
+          for i in range(21)]
+
+
+FEATURES = np.random.default_rng(1).normal(size=(21, 4, 8)).astype(np.float32)
+
+
+def _batches(config, batch_size=8, seed=5):
+  return make_dataset(
+      _examples(), row_maker(SPEC, TOKENIZER, config, FEATURES),
+      batch_size=batch_size, seed=seed, collate=plain_collate(SPEC))
+
+
+class _Killed(Exception):
+  pass
+
+
+class _KilledAt:
+  """An iterator that dies when asked for batch number `at`."""
+
+  def __init__(self, inner, at):
+    self._inner, self._left = inner, at - 1
+    self.get_state, self.set_state = inner.get_state, inner.set_state
+
+  def __next__(self):
+    if self._left == 0:
+      raise _Killed
+    self._left -= 1
+    return next(self._inner)
+
+
+def _one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def _fit(config, recipe, workdir, batches=None, **kwargs):
+  workdir.mkdir(exist_ok=True)
+  kwargs = dict(tensorboard=False, mesh=_one_device()) | kwargs
+  return fit(Llava(config), recipe,
+             _batches(config) if batches is None else batches, workdir,
+             **kwargs)
+
+
+def _metrics(workdir):
+  """Lines of metrics.jsonl without wall-clock time."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  for row in rows:
+    assert row.pop('steps_per_second') > 0
+  return rows
+
+
+def _final_state(workdir):
+  """Everything in the last checkpoint, as restored without a template."""
+  import orbax.checkpoint as ocp
+  with ocp.CheckpointManager(
+      (workdir / 'checkpoints').absolute(), item_names=('state', 'data')) as m:
+    step = m.latest_step()
+    restored = m.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore()))
+  return step, restored['state'], restored['data']
+
+
+def _same(a, b):
+  left, right = (jax.tree_util.tree_leaves_with_path(x) for x in (a, b))
+  assert len(left) == len(right) > 5
+  for (path, x), (other, y) in zip(left, right, strict=True):
+    assert path == other
+    np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  out = {}
+  for stage, config in (('instruct', CONFIG), ('atp', ATP)):
+    workdir = tmp_path_factory.mktemp(stage)
+    recipe = dataclasses.replace(RECIPE, stage=stage)
+    out[stage] = workdir, _fit(config, recipe, workdir)
+  return out
+
+
+@pytest.mark.parametrize('stage', ['instruct', 'atp'])
+def test_interrupted_is_uninterrupted_bit_for_bit(stage, uninterrupted,
+                                                  tmp_path):
+  """Killed at step 6: goes on from the checkpoint of step 4."""
+  config = {'instruct': CONFIG, 'atp': ATP}[stage]
+  recipe = dataclasses.replace(RECIPE, stage=stage)
+  with pytest.raises(_Killed):
+    _fit(config, recipe, tmp_path, _KilledAt(_batches(config), 6))
+  assert [r['step'] for r in _metrics(tmp_path)] == [2, 4]
+  # what a kill can leave: a metric too many, a torn line, a torn checkpoint
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 5, "loss": 9.9, "steps_per_second": 1.0}\n{"ste')
+  torn = tmp_path / 'checkpoints' / '6.orbax-checkpoint-tmp-1'
+  (torn / 'state').mkdir(parents=True)
+  (torn / 'state' / 'garbage').write_text('x')
+  lines = []
+  params = _fit(config, recipe, tmp_path, message=lines.append)
+  assert any('resumed at step 4 of 7' in line for line in lines), lines
+  whole, want = uninterrupted[stage]
+  _same(helpers.flat(params), helpers.flat(want))
+  assert _metrics(tmp_path) == _metrics(whole)
+  assert [r['step'] for r in _metrics(whole)] == [2, 4, 6, 7]
+  ours, theirs = _final_state(tmp_path), _final_state(whole)
+  assert ours[0] == theirs[0] == 7 and ours[2] == theirs[2]
+  _same(ours[1], theirs[1])
+
+
+def test_stop_after_and_a_finished_run(uninterrupted, tmp_path):
+  """Stopped at a checkpoint; finished runs return without a step."""
+  recipe = dataclasses.replace(RECIPE, stage='instruct')
+  _fit(CONFIG, recipe, tmp_path, stop_after=4)
+  _fit(CONFIG, recipe, tmp_path)
+  whole, want = uninterrupted['instruct']
+  assert _metrics(tmp_path) == _metrics(whole)
+  before = (tmp_path / 'metrics.jsonl').read_bytes()
+  again = _fit(CONFIG, recipe, tmp_path, _KilledAt(_batches(CONFIG), 1))
+  _same(helpers.flat(again), helpers.flat(want))
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+
+def test_other_seed_other_run(uninterrupted, tmp_path):
+  recipe = dataclasses.replace(RECIPE, seed=6, steps=2)
+  _fit(CONFIG, recipe, tmp_path)
+  whole, _ = uninterrupted['instruct']
+  assert _metrics(tmp_path)[0]['loss'] != _metrics(whole)[0]['loss']
+
+
+def test_wrong_checkpoint_for_the_model_is_refused(tmp_path):
+  recipe = dataclasses.replace(RECIPE, steps=2)
+  _fit(CONFIG, recipe, tmp_path)
+  wider = dataclasses.replace(CONFIG, text=dataclasses.replace(
+      CONFIG.text, intermediate_size=24))
+  with pytest.raises(ConfigError, match='does not fit this model') as e:
+    _fit(wider, recipe, tmp_path)
+  assert '\n' not in str(e.value)
+  with pytest.raises(ConfigError, match='does not fit this model'):
+    _fit(ATP, dataclasses.replace(recipe, stage='atp'), tmp_path)
+
+
+def test_workdir_of_another_config_is_refused_with_the_field(tmp_path):
+  config = {'train': {'steps': 7, 'betas': (1, 2)}, 'model': {'atp': None}}
+  checkpoint.claim_workdir(tmp_path, config)
+  checkpoint.claim_workdir(tmp_path, config)
+  other = {'train': {'steps': 8, 'betas': (1, 2)}, 'model': {'atp': None}}
+  with pytest.raises(ConfigError, match=r'train\.steps: 7 -> 8') as e:
+    checkpoint.claim_workdir(tmp_path, other)
+  assert 'betas' not in str(e.value) and '\n' not in str(e.value)
+  checkpoint.claim_workdir(tmp_path, config)  # nothing was overwritten
+  (tmp_path / 'config.json').write_text('{"train"')
+  with pytest.raises(ConfigError, match='not readable JSON'):
+    checkpoint.claim_workdir(tmp_path, config)
+
+
+def test_given_params_start_and_missing_ones_are_fresh():
+  model = Llava(ATP)
+  given = start_params(Llava(CONFIG), 11, None)
+  lines = []
+  got = helpers.flat(start_params(model, 5, given, lines.append))
+  fresh = helpers.flat(start_params(model, 5, None))
+  for path, x in got.items():
+    want = fresh if path.startswith('atp/') else helpers.flat(given)
+    np.testing.assert_array_equal(x, want[path])
+  assert 'atp/linear/kernel' in lines[0] and len(lines) == 1
+  wrong = {'language_model': {'norm': {'weight': np.ones(3)}}}
+  with pytest.raises(ConfigError, match=r'norm/weight has shape \(3,\)'):
+    start_params(model, 5, wrong)
+
+
+def test_the_callers_params_survive():
+  """Steps donate their state; a teacher or a second stage needs the old."""
+  import pathlib
+  import tempfile
+  given = start_params(Llava(CONFIG), 11, None)
+  before = jax.device_get(given)
+  with tempfile.TemporaryDirectory() as folder:
+    _fit(CONFIG, dataclasses.replace(RECIPE, steps=2), pathlib.Path(folder),
+         params=given)
+  _same(before, jax.device_get(given))
+
+
+@pytest.mark.parametrize('stage', ['instruct', 'atp'])
+def test_one_device_is_eight_devices(stage, uninterrupted, tmp_path):
+  config = {'instruct': CONFIG, 'atp': ATP}[stage]
+  recipe = dataclasses.replace(RECIPE, stage=stage)
+  mesh = sharding.make_mesh(2, 2, 2) if stage == 'atp' else None
+  _fit(config, recipe, tmp_path, mesh=mesh)
+  eight, one = _metrics(tmp_path), _metrics(uninterrupted[stage][0])
+  assert [r['step'] for r in eight] == [2, 4, 6, 7]
+  for a, b in zip(eight, one, strict=True):
+    helpers.close(a['loss'], b['loss'], 1e-5)
+
+
+def test_batch_that_does_not_divide_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match='batch_size=6.*8 devices'):
+    _fit(CONFIG, dataclasses.replace(RECIPE, batch_size=6), tmp_path,
+         mesh=sharding.make_mesh())
+
+
+def test_loss_that_is_no_number_stops_the_run(tmp_path):
+  given = start_params(Llava(CONFIG), 0, None)
+  given['language_model']['norm']['weight'] = np.full(16, np.nan, np.float32)
+  with pytest.raises(ConfigError, match='loss is nan at step 2.*learning_rate'):
+    _fit(CONFIG, RECIPE, tmp_path, params=given)
+  assert not (tmp_path / 'metrics.jsonl').exists()
+
+
+def test_intervals_and_event_files(tmp_path):
+  recipe = dataclasses.replace(RECIPE, steps=6, log_steps=3,
+                               checkpoint_steps=4)
+  _fit(CONFIG, recipe, tmp_path, tensorboard=True)
+  assert [r['step'] for r in _metrics(tmp_path)] == [3, 6]
+  assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()
+                if p.name.isdigit()) == [4, 6]
+  events = list((tmp_path / 'tensorboard').glob('events*'))
+  assert events and events[0].stat().st_size > 100
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / 'folder' / 'file.txt'
+  checkpoint.write_text(path, 'old')
+  import os
+
+  def full(*_):
+    raise OSError('No space left on device')
+  monkeypatch.setattr(os, 'replace', full)
+  with pytest.raises(OSError):
+    checkpoint.write_text(path, 'new')
+  assert path.read_text() == 'old'
+  assert [p.name for p in path.parent.iterdir()] == ['file.txt']

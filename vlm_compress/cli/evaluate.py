@@ -1,0 +1,124 @@
+"""vlm-compress evaluate: a trained model on a test split.
+
+  vlm-compress evaluate --config=configs/quickstart.py:atp \
+    --checkpoint=quickstart/atp/model --reference=quickstart/instruct/model
+
+With --reference (the model before compression) the floors at equal tokens,
+the bounds and the ratios stand beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+
+from rich.console import Console
+
+from vlm_compress.cli import results
+from vlm_compress.cli.stage import bridge
+from vlm_compress.cli.train import load_page, override
+from vlm_compress.cli.workspace import open_split
+from vlm_compress.config import check
+from vlm_compress.convert.files import load_config, load_params, TOKENIZER
+from vlm_compress.data.tokenizer import load as load_tokenizer
+from vlm_compress.eval.evaluator import Method, questions_of
+from vlm_compress.eval.report import print_table, write_report
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line; --config.section.field=value comes on top."""
+  p = argparse.ArgumentParser(prog='vlm-compress evaluate',
+                              description=__doc__.splitlines()[0])
+  p.add_argument('--config', required=True, metavar='FILE.py[:ARG]',
+                 help='names the data and the questions')
+  p.add_argument('--checkpoint', required=True, type=pathlib.Path,
+                 help='model directory')
+  p.add_argument('--reference', type=pathlib.Path,
+                 help='model directory of the uncompressed model')
+  p.add_argument('--method', choices=('auto', 'full', 'voco', 'atp'),
+                 default='auto', help="auto: the checkpoint's own (%(default)s)")
+  p.add_argument('--num-voco-tokens', type=int,
+                 help='VoCo tokens per picture, if not as trained')
+  p.add_argument('--data-root', type=pathlib.Path, default='quickstart',
+                 help='where data sets and features are kept (%(default)s)')
+  p.add_argument('--out', type=pathlib.Path,
+                 help='write report.json, report.md and report.html here')
+  p.add_argument('--seed', type=int, default=0,
+                 help='of random selection (%(default)s)')
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Evaluates; returns the exit code."""
+  args, rest = parser().parse_known_args(argv)
+  config = load_page(args.config)
+  override(config, rest)
+  stage = bridge(config)
+  console = Console(stderr=True)
+  say = lambda line: console.print(line, markup=False, highlight=False)
+  model, params = load_config(args.checkpoint), load_params(args.checkpoint)
+  tokenizer = load_tokenizer(args.checkpoint / TOKENIZER)
+  check(tokenizer.vocab_size == model.text.vocab_size,
+        f'{args.checkpoint}: the tokenizer has {tokenizer.vocab_size} words, '
+        f'the model {model.text.vocab_size}')
+  test = open_split(stage.data, stage.data.test_split, args.data_root, say)
+  examples = test.take(stage.num_test)
+  bench = results.Bench(examples, test.features,
+                        questions_of(examples, stage.per_kind),
+                        stage.headline, tokenizer, stage.rows.template, say)
+  method = own_method(model) if args.method == 'auto' else args.method
+  if args.reference is None:
+    alone(bench, model, params, method, args)
+  else:
+    beside_floors(bench, model, params, method, args)
+  partial = args.reference is None
+  print_table(bench.rows, allow_partial=partial)
+  if args.out is not None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    paths = write_report({'rows': bench.rows, 'attribution': test.attribution},
+                         args.out, allow_partial=partial)
+    print(f'report: {paths["html"]}')
+  return 0
+
+
+def own_method(model) -> str:
+  """The method that a checkpoint was made for."""
+  return ('atp' if model.atp is not None else
+          'voco' if model.voco is not None else 'full')
+
+
+def alone(bench, model, params, method, args) -> None:
+  """One row, without floors."""
+  count = _num_voco(model, method, args)
+  if method == 'voco':
+    bench.run(Method('VoCo', model, params, 'voco', count, seed=args.seed),
+              budget=float(count))
+  elif method == 'atp':
+    check(model.atp is not None, f'{args.checkpoint} has no ATP modules')
+    bench.run(Method('ATP', model, params, seed=args.seed))
+  else:
+    plain = dataclasses.replace(model, voco=None, atp=None)
+    bench.run(Method('full', plain, params, seed=args.seed))
+
+
+def beside_floors(bench, model, params, method, args) -> None:
+  """The row of the method with the reference, its floors and bounds."""
+  base, base_params = load_config(args.reference), load_params(args.reference)
+  plain = dataclasses.replace(base, voco=None, atp=None)
+  full = bench.run(Method('full', plain, base_params, seed=args.seed))
+  bounds = {}
+  if method == 'voco':
+    bounds = results.voco_rows(bench, base, base_params, model, params,
+                               _num_voco(model, method, args), args.seed)
+  elif method == 'atp':
+    check(model.atp is not None, f'{args.checkpoint} has no ATP modules')
+    results.atp_rows(bench, base, base_params, model, params, args.seed)
+  results.relate(bench.rows, full, bounds)
+
+
+def _num_voco(model, method, args) -> int:
+  if method != 'voco':
+    return 0
+  check(model.voco is not None, f'{args.checkpoint} has no VoCo tokens')
+  return args.num_voco_tokens or model.voco.num_voco_tokens

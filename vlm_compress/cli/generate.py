@@ -1,0 +1,95 @@
+"""vlm-compress generate: one answer about one picture.
+
+  vlm-compress generate --checkpoint=quickstart/atp/model --image=grid.png \
+    --prompt="what is at top left ?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from vlm_compress.cli.evaluate import own_method
+from vlm_compress.cli.workspace import encoder
+from vlm_compress.config import check
+from vlm_compress.convert.files import load_config, load_params, TOKENIZER
+from vlm_compress.data import images
+from vlm_compress.data.examples import Example, Turn
+from vlm_compress.data.rows import layout, RowSpec
+from vlm_compress.data.tokenizer import load as load_tokenizer
+from vlm_compress.decode.generate import generate
+from vlm_compress.models.llava import Llava, PruneOptions
+from vlm_compress.models.sequence import make_batch
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line."""
+  p = argparse.ArgumentParser(prog='vlm-compress generate',
+                              description=__doc__.splitlines()[0])
+  p.add_argument('--checkpoint', required=True, type=pathlib.Path,
+                 help='model directory')
+  p.add_argument('--image', required=True, type=pathlib.Path)
+  p.add_argument('--prompt', required=True)
+  p.add_argument('--method', choices=('auto', 'full', 'voco', 'atp'),
+                 default='auto', help="auto: the checkpoint's own (%(default)s)")
+  p.add_argument('--num-voco-tokens', type=int,
+                 help='VoCo tokens, if not as trained')
+  p.add_argument('--template', default='short', help='(%(default)s)')
+  p.add_argument('--max-new-tokens', type=int, default=32,
+                 help='(%(default)s)')
+  p.add_argument('--temperature', type=float, default=0.0,
+                 help='0 is greedy (%(default)s)')
+  p.add_argument('--top-p', type=float, default=1.0, help='(%(default)s)')
+  p.add_argument('--seed', type=int, default=0, help='(%(default)s)')
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Prints the answer; returns the exit code."""
+  args = parser().parse_args(argv)
+  config, params = load_config(args.checkpoint), load_params(args.checkpoint)
+  tokenizer = load_tokenizer(args.checkpoint / TOKENIZER)
+  method = own_method(config) if args.method == 'auto' else args.method
+  check(method != 'voco' or config.voco is not None,
+        f'{args.checkpoint} has no VoCo tokens; use --method=full')
+  check(method != 'atp' or config.atp is not None,
+        f'{args.checkpoint} has no ATP modules; use --method=full')
+  check(config.vision.model_type == 'efficientnet_lite0',
+        f'{args.checkpoint} has a {config.vision.model_type} tower, whose '
+        'weights a model directory does not hold yet')
+  data = args.image.read_bytes()
+  picture = images.decode(data, str(args.image))
+  pixels = images.tower_pixels(picture, config.vision)
+  features = encoder()[0](np.asarray(pixels)[None])
+  example = Example(example_id=args.image.name, images=(data,),
+                    turns=(Turn(args.prompt),))
+  count = 0
+  if method == 'voco':
+    count = args.num_voco_tokens or config.voco.num_voco_tokens
+  elif method == 'full':
+    config = dataclasses.replace(config, voco=None, atp=None)
+  row = layout(example, example.turns, RowSpec(template=args.template),
+               tokenizer, config, count, prompt_only=True)
+  batch = make_batch([row], [features], length=len(row['input_ids']),
+                     num_images=1)
+  model = Llava(config)
+  run = jax.jit(lambda params, batch: generate(
+      model, params, batch, max_new_tokens=args.max_new_tokens,
+      eos_id=tokenizer.eos_id, mask='voco' if method == 'voco' else 'causal',
+      prune=PruneOptions() if method == 'atp' else None,
+      temperature=args.temperature, top_p=args.top_p, seed=args.seed))
+  result = run(params, batch)
+  tokens = np.asarray(result.tokens[0]).tolist()
+  if tokenizer.eos_id in tokens:
+    tokens = tokens[:tokens.index(tokenizer.eos_id)]
+  print(tokenizer.decode(tokens))
+  if result.outputs.entering is not None:
+    kept = np.asarray(result.outputs.entering).sum((1, 2, 3))
+    print(f'visual tokens per layer: {kept.astype(int).tolist()}, average '
+          f'{kept.mean():.1f} of {config.num_visual_tokens}', file=sys.stderr)
+  return 0

@@ -1,0 +1,171 @@
+"""vlm-compress quickstart: train, compress and evaluate a small VLM.
+
+Alignment, instruction tuning, VoCo with 8 tokens and with 1, ATP at a quarter
+of the tokens, then every method beside its floors on held-out pictures.  The
+first two stages start from the checkpoint that the package ships unless
+--from-scratch asks for them.  Run it again after an interruption and it goes
+on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import vlm_compress
+from vlm_compress.cli import results
+from vlm_compress.cli.quickstart_config import get_config
+from vlm_compress.cli.stage import bridge, run_stage, Stage
+from vlm_compress.cli.workspace import demo_tokenizer, open_split, Split
+from vlm_compress.convert.files import load_config, load_params
+from vlm_compress.eval.evaluator import Method, questions_of
+from vlm_compress.eval.report import print_table, write_report
+from vlm_compress.train.checkpoint import claim_workdir
+
+SHIPPED = pathlib.Path(vlm_compress.__file__).parent / 'checkpoints' / 'quickstart'
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line."""
+  p = argparse.ArgumentParser(prog='vlm-compress quickstart',
+                              description=__doc__.splitlines()[0])
+  p.add_argument('--workdir', type=pathlib.Path, default='quickstart',
+                 help='data, checkpoints and report go here (%(default)s)')
+  p.add_argument('--seed', type=int, default=0,
+                 help='of training and random selection (%(default)s)')
+  p.add_argument('--from-scratch', action='store_true',
+                 help='train the base model too (about half an hour more)')
+  p.add_argument('--no-tensorboard', action='store_true',
+                 help='write metrics to jsonl and console only')
+  return p
+
+
+def stage_of(name: str, seed: int, init_from: pathlib.Path | str) -> Stage:
+  """A stage with its seed and starting point."""
+  config = get_config(name)
+  config.train.seed = seed
+  config.init_from = str(init_from)
+  return bridge(config)
+
+
+def versions() -> dict[str, str]:
+  """Versions of what the numbers depend on."""
+  found = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {'vlm_compress': vlm_compress.__version__,
+          'python': platform.python_version(), **found}
+
+
+def main(argv: list[str]) -> int:
+  """Runs everything; returns the exit code."""
+  args = parser().parse_args(argv)
+  console = Console(stderr=True)
+  say = lambda line: console.print(line, markup=False, highlight=False)
+  work = args.workdir
+  claim_workdir(work, {'command': 'quickstart', 'seed': args.seed,
+                       'from_scratch': args.from_scratch})
+  started = time.perf_counter()
+  spec = stage_of('instruct', args.seed, '').data
+  train = open_split(spec, spec.train_split, work, say)
+  test = open_split(spec, spec.test_split, work, say)
+  seconds = {'data and features': time.perf_counter() - started}
+  models: dict[str, tuple[Any, Any]] = {}
+
+  def run(name: str, init_from: pathlib.Path | str) -> pathlib.Path:
+    say(f'[{name}]')
+    stage = stage_of(name, args.seed, init_from)
+    config, params, seconds[name] = run_stage(
+        stage, work / name, train, message=say,
+        tensorboard=not args.no_tensorboard)
+    models[name] = (config, params)
+    return work / name / 'model'
+
+  base = SHIPPED
+  if args.from_scratch:
+    base = run('instruct', run('align', ''))
+  models['base'] = (load_config(base), load_params(base))
+  run('voco1', run('voco8', base))
+  run('atp', base)
+  report = evaluate(models, train, test, work, args.seed, seconds, say)
+  paths = write_report(report, work)
+  print_table(report['rows'])
+  print(f'report: {paths["html"]}')
+  return 0
+
+
+def evaluate(models: dict[str, tuple[Any, Any]], train: Split, test: Split,
+             work: pathlib.Path, seed: int, seconds: dict[str, float],
+             say) -> dict[str, Any]:
+  """All rows and examples of the report."""
+  started = time.perf_counter()
+  stage = stage_of('instruct', seed, '')
+  examples = test.take(stage.num_test)
+  bench = results.Bench(
+      examples, test.features, questions_of(examples, stage.per_kind),
+      stage.headline, demo_tokenizer(stage.data.name), stage.rows.template,
+      say)
+  config, params = models['base']
+  plain = dataclasses.replace(config, voco=None)
+  bench.question_only(train.take(len(train)))
+  full = bench.run(Method('full', plain, params, seed=seed))
+  bounds = {}
+  for count in (8, 1):
+    bounds |= results.voco_rows(bench, config, params,
+                                *models[f'voco{count}'], count, seed)
+  results.atp_rows(bench, config, params, *models['atp'], seed)
+  results.relate(bench.rows, full, bounds)
+  seconds['evaluation'] = time.perf_counter() - started
+  return {
+      'rows': bench.rows, 'config': _configs(seed), 'versions': versions(),
+      'stages': [{'name': name, 'seconds': value,
+                  'steps': _steps(name)} for name, value in seconds.items()],
+      'attribution': test.attribution,
+      'examples': shown(bench, models['atp'][0].vision.grid_size)}
+
+
+def _steps(name: str) -> int | None:
+  try:
+    return get_config(name).train.steps
+  except KeyError:
+    return None
+
+
+def _configs(seed: int) -> dict[str, Any]:
+  return {'seed': seed, 'prune_after': get_config('atp').model.atp.prune_after,
+          **{name: json.loads(get_config(name).to_json_best_effort())
+             for name in ('instruct', 'voco8', 'voco1', 'atp')}}
+
+
+def shown(bench: results.Bench, grid_size: int, count: int = 6
+          ) -> list[dict[str, Any]]:
+  """Pictures with keep maps and answers, one question of each."""
+  atp = bench.answers['ATP']
+  out, seen = [], set()
+  for i, question in enumerate(bench.questions):
+    if question.turn.kind != 'what' or question.example in seen:
+      continue
+    seen.add(question.example)
+    image = bench.examples[question.example].images[0]
+    out.append({
+        'image_png_base64': base64.b64encode(image).decode(),
+        'question': question.turn.question, 'answer': question.turn.answer,
+        'predictions': {name: bench.answers[name].texts[i]
+                        for name in ('full', 'VoCo@8', 'VoCo@1', 'ATP')},
+        'keep_maps': {'ATP': atp.module_keep[i].reshape(
+            -1, grid_size, grid_size).astype(int).tolist()},
+        'thresholds': {'ATP': np.round(atp.thresholds[i], 3).tolist()}})
+    if len(out) == count:
+      break
+  return out
+
+

@@ -1,0 +1,85 @@
+"""The stages of the quickstart, each a config of its own.
+
+Command:   vlm-compress quickstart [--workdir DIR] [--seed N]
+One stage: vlm-compress train --config=configs/quickstart.py:voco8 \\
+             --workdir=quickstart/voco8 --config.init_from=quickstart/base
+Hardware:  2 CPU cores, 6 GB.
+Expected:  the table in the README.
+
+The pictures are real OpenMoji artwork on a 3 x 3 grid, the vision encoder is
+a pretrained EfficientNet-Lite0 (frozen), layouts and questions are generated,
+and the decoder is small and trained from scratch.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+STAGES = ('align', 'instruct', 'voco8', 'voco1', 'atp')
+NUM_LAYERS, NUM_VISUAL = 8, 64
+ATP_TARGET = NUM_VISUAL / 4
+
+
+def _model(**method) -> dict:
+  return {
+      'vision': {'model_type': 'efficientnet_lite0', 'image_size': 128,
+                 'patch_size': 16, 'hidden_size': 112},
+      'text': {'hidden_size': 128, 'intermediate_size': 256,
+               'num_hidden_layers': NUM_LAYERS, 'num_attention_heads': 4,
+               'num_key_value_heads': 4, 'max_position_embeddings': 1024,
+               # 0.02 to 0.04 learned counting only within the same steps
+               'initializer_range': 0.1},
+      **method}
+
+
+def _voco(num_voco_tokens: int) -> dict:
+  return {'voco': {'num_voco_tokens': num_voco_tokens}}
+
+
+# Turns drawn per picture and step.
+KINDS = {'what': 9, 'caption': 1, 'where': 2, 'exists': 2, 'count': 2,
+         'category': 3}
+
+
+def get_config(stage: str = 'instruct') -> ConfigDict:
+  """The config of a stage: align, instruct, voco8, voco1 or atp."""
+  model, rows, train = {
+      'align': (_model(**_voco(8)),
+                {'num_voco_tokens': (0,), 'length': 272},
+                {'stage': 'align', 'steps': 50, 'learning_rate': 1e-3,
+                 'trainable': ('multi_modal_projector/',),
+                 'warmup_steps': 10}),
+      # Half of the rows carry VoCo tokens under the causal mask, so that the
+      # model is VoCo's upper bound as well (methods: UB).
+      'instruct': (_model(**_voco(8)),
+                   {'num_voco_tokens': (0, 0, 1, 2, 4, 8), 'length': 272},
+                   {'stage': 'instruct', 'steps': 1000,
+                    'learning_rate': 2e-3}),
+      'voco8': (_model(**_voco(8)),
+                {'num_voco_tokens': (8,), 'length': 272, 'text_length': 208},
+                {'stage': 'voco', 'steps': 150, 'learning_rate': 1e-3,
+                 'warmup_steps': 10}),
+      'voco1': (_model(**_voco(1)),
+                {'num_voco_tokens': (1,), 'length': 272, 'text_length': 208},
+                {'stage': 'voco', 'steps': 200, 'learning_rate': 1e-3,
+                 'warmup_steps': 10}),
+      'atp': (_model(atp={'prune_after': (1, 3, 6),
+                          'target_tokens': ATP_TARGET,
+                          'lambda_target': 2.0, 'lambda_atp': 0.02}),
+              {'one_turn': True, 'length': 82},
+              {'stage': 'atp', 'steps': 300, 'batch_size': 48,
+               'learning_rate': 1e-3, 'warmup_steps': 10}),
+  }[stage]
+  return ConfigDict({
+      'model': model,
+      'data': {'name': 'openmoji_grid', 'image_size': 128,
+               'options': {'num_train': 4000, 'num_validation': 250,
+                           'num_test': 500},
+               'train_split': 'train', 'test_split': 'test'},
+      'rows': {'template': 'short', 'kinds': KINDS, **rows},
+      'train': {'log_steps': 25, 'checkpoint_steps': 100, 'seed': 0, **train},
+      'eval': {'num_test': 400, 'headline': ('what', 'caption'),
+               'per_kind': {'what': 2, 'caption': 1, 'where': 1, 'exists': 1,
+                            'count': 1, 'category': 1}},
+      'init_from': '',
+  }, convert_dict=True)

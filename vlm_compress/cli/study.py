@@ -1,0 +1,147 @@
+"""vlm-compress study: all methods and trained floors, several seeds.
+
+  vlm-compress study --config=configs/study.py --workdir=study
+
+Every (stage, seed) is a directory with its checkpoints, its model and its
+result rows; finished ones are skipped, so the study can be stopped at any
+time and seeds can run in processes of their own.  The report is written from
+whatever rows are there at the end of a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from rich.console import Console
+
+from vlm_compress.cli import results
+from vlm_compress.cli.quickstart import SHIPPED, versions
+from vlm_compress.cli.stage import bridge, run_stage
+from vlm_compress.cli.train import load_module
+from vlm_compress.cli.workspace import demo_tokenizer, open_split
+from vlm_compress.convert.files import load_config, load_params
+from vlm_compress.eval import scoring
+from vlm_compress.eval.evaluator import Method, questions_of
+from vlm_compress.eval.report import print_table, write_report
+from vlm_compress.train.checkpoint import write_text
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line."""
+  p = argparse.ArgumentParser(prog='vlm-compress study',
+                              description=__doc__.splitlines()[0])
+  p.add_argument('--config', default='configs/study.py',
+                 help='page with PLAN and get_config (%(default)s)')
+  p.add_argument('--workdir', type=pathlib.Path, default='study',
+                 help='(%(default)s)')
+  p.add_argument('--base', type=pathlib.Path, default=SHIPPED,
+                 help='model that all runs start from (the shipped one)')
+  p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
+                 help='(%(default)s)')
+  p.add_argument('--stages', nargs='+', help='only these of PLAN')
+  p.add_argument('--allow-partial', action='store_true',
+                 help='report although floors are missing')
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Runs what is missing and writes the report; returns the exit code."""
+  args = parser().parse_args(argv)
+  page = load_module(args.config)
+  console = Console(stderr=True)
+  say = lambda line: console.print(line, markup=False, highlight=False)
+  stage = bridge(page.get_config('base'))
+  train = open_split(stage.data, stage.data.train_split, args.workdir, say)
+  test = open_split(stage.data, stage.data.test_split, args.workdir, say)
+  base = (load_config(args.base), load_params(args.base))
+  for seed in args.seeds:
+    for name in [n for n in page.PLAN if n in (args.stages or page.PLAN)]:
+      done = args.workdir / f'seed{seed}' / name / 'rows.json'
+      if not done.exists():
+        say(f'[seed {seed}: {name}]')
+        rows = one(page, name, seed, args, train, test, base, say)
+        write_text(done, json.dumps(rows))
+  found = sorted(args.workdir.glob('seed*/*/rows.json'))
+  rows = [row for path in found for row in json.loads(path.read_text())]
+  finish(rows)
+  paths = write_report(
+      {'rows': rows, 'versions': versions(), 'attribution': test.attribution,
+       'config': json.loads(page.get_config('base').to_json_best_effort())},
+      args.workdir, allow_partial=args.allow_partial)
+  print_table(rows, allow_partial=args.allow_partial)
+  print(f'report: {paths["html"]}')
+  return 0
+
+
+def one(page, name: str, seed: int, args, train, test, base, say
+        ) -> list[dict[str, Any]]:
+  """Trains one stage of one seed and returns its rows."""
+  config = page.get_config(name)
+  config.train.seed = seed
+  config.init_from = str(args.base)
+  here = args.workdir / f'seed{seed}'
+  source = page.COUNTS_FROM.get(name)
+  if source is not None:
+    rows = json.loads((here / source / 'rows.json').read_text())
+    config.model.atp.fixed_counts = tuple(rows[0]['module_counts'])
+  stage = bridge(config)
+  model, params, _ = run_stage(stage, here / name, train, message=say)
+  examples = test.take(stage.num_test)
+  bench = results.Bench(
+      examples, test.features, questions_of(examples, stage.per_kind),
+      stage.headline, demo_tokenizer(stage.data.name), stage.rows.template,
+      say)
+  if name == 'ub':
+    references(bench, train, base, model, params, seed)
+  elif stage.recipe.stage == 'voco':
+    count = model.voco.num_voco_tokens
+    bench.run(Method('VoCo', model, params, 'voco', count, seed=seed),
+              budget=float(count))
+    results.input_floors(bench, *base, count, seed)
+  else:
+    label = {'random': 'random', 'uniform': 'uniform grid',
+             'fixed': 'ATP scores, fixed count', 'adaptive': 'ATP'}.get(
+                 model.atp.selector if model.atp else '', None)
+    label = label or {'avg_pool': 'average pooling', 'qformer': 'Q-Former',
+                      'avg_pool_linear': 'average pooling + linear'}[
+                          model.resampler]
+    bench.run(Method(label, model, params, seed=seed))
+    if label == 'ATP':
+      counts = results.module_counts(bench.answers['ATP'])
+      bench.rows[0]['module_counts'] = counts
+      results.pruned_floors(bench, *base, model, counts,
+                            bench.rows[0]['layer_average_tokens'], seed)
+  return bench.rows
+
+
+def references(bench, train, base, model, params, seed) -> None:
+  """Question only, full, and VoCo's bounds at every C of the study."""
+  bench.question_only(train.take(len(train)))
+  plain = dataclasses.replace(model, voco=None)
+  bench.run(Method('full', plain, params, seed=seed))
+  for count in (1, 2, 4, 8):
+    upper = bench.run(Method(f'upper bound (UB), C={count}', model, params,
+                             'causal', count, seed=seed))
+    lower = bench.run(Method('lower bound (LB)', model, params, 'voco', count,
+                             trained=False, seed=seed), budget=float(count),
+                      key=f'LB@{count}')
+    gap = scoring.paired_difference(
+        bench.correct(upper['method']), bench.correct(f'LB@{count}'),
+        bench.images())
+    lower['bounds'] = [lower['accuracy'], upper['accuracy'], list(gap.ci95)]
+
+
+def finish(rows: list[dict[str, Any]]) -> None:
+  """Ratios and retention, each against the references of its own seed."""
+  for seed in {row['seed'] for row in rows}:
+    mine = [row for row in rows if row['seed'] == seed]
+    full = next((r for r in mine if r['method'] == 'full'), None)
+    if full is None:
+      continue
+    bounds = {r['layer_average_tokens']: tuple(r['bounds'])
+              for r in mine if 'bounds' in r}
+    results.relate(mine, full, bounds)

@@ -1,0 +1,117 @@
+"""vlm-compress train: one stage from a config page.
+
+  vlm-compress train --config=configs/quickstart.py:voco8 \
+    --config.init_from=quickstart/base/model --workdir=runs/voco8
+
+Fields of the config are set with --config.section.field=value.  Run it again
+with the same --workdir and it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import pathlib
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from vlm_compress.cli.stage import bridge, run_stage
+from vlm_compress.cli.workspace import open_split
+from vlm_compress.config import check, ConfigError
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line; --config.section.field=value comes on top."""
+  p = argparse.ArgumentParser(prog='vlm-compress train',
+                              description=__doc__.splitlines()[0])
+  p.add_argument('--config', required=True, metavar='FILE.py[:ARG]',
+                 help='config page; --config.section.field=value sets a field')
+  p.add_argument('--workdir', required=True, type=pathlib.Path,
+                 help='checkpoints, metrics and the model go here')
+  p.add_argument('--data-root', type=pathlib.Path,
+                 help='where data sets and features are kept (default: the '
+                 'parent of --workdir)')
+  p.add_argument('--no-tensorboard', action='store_true',
+                 help='write metrics to jsonl and console only')
+  return p
+
+
+def load_module(path: str) -> Any:
+  """A config page as a module.
+
+  Raises:
+    ConfigError: no such file, or no get_config in it.
+  """
+  check(pathlib.Path(path).is_file(), f'--config: {path} does not exist')
+  spec = importlib.util.spec_from_file_location('config_page', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  check(hasattr(module, 'get_config'), f'{path} has no function get_config')
+  return module
+
+
+def load_page(spec: str) -> ConfigDict:
+  """get_config(arg) of 'file.py:arg'.
+
+  Raises:
+    ConfigError: as load_module, or an unknown argument.
+  """
+  path, _, arg = spec.partition(':')
+  module = load_module(path)
+  try:
+    return module.get_config(arg) if arg else module.get_config()
+  except KeyError as e:
+    raise ConfigError(f'--config={spec}: {path} has no config {e}; its '
+                      'docstring lists what it has') from e
+
+
+def override(config: ConfigDict, flags: list[str]) -> None:
+  """Applies --config.section.field=value; an unknown field raises.
+
+  A value is read as Python literal where the field is no string, and must
+  have the field's type.
+  """
+  import ast
+  for flag in flags:
+    name, equals, text = flag.partition('=')
+    check(name.startswith('--config.') and bool(equals),
+          f'{flag}: expected --config.section.field=value')
+    *sections, field = name.removeprefix('--config.').split('.')
+    node = config
+    for section in sections:
+      check(section in node, f'{flag}: the config has no {section!r}; it has '
+            f'{sorted(node)}')
+      node = node[section]
+    check(isinstance(node, ConfigDict) and field in node,
+          f'{flag}: unknown config field {field!r}; known here: '
+          f'{sorted(node) if isinstance(node, ConfigDict) else "none"}')
+    value = text
+    if not isinstance(node[field], str):
+      try:
+        value = ast.literal_eval(text)
+      except (ValueError, SyntaxError) as e:
+        raise ConfigError(f'{flag}: {text!r} is no value; write it as in '
+                          'Python') from e
+    try:
+      node[field] = value
+    except TypeError as e:
+      raise ConfigError(f'{flag}: {e}') from e
+
+
+def main(argv: list[str]) -> int:
+  """Trains; returns the exit code."""
+  args, rest = parser().parse_known_args(argv)
+  config = load_page(args.config)
+  override(config, rest)
+  stage = bridge(config)
+  console = Console(stderr=True)
+  say = lambda line: console.print(line, markup=False, highlight=False)
+  root = args.data_root or args.workdir.absolute().parent
+  split = open_split(stage.data, stage.data.train_split, root, say)
+  run_stage(stage, args.workdir, split, message=say,
+            tensorboard=not args.no_tensorboard)
+  print(f'model: {args.workdir / "model"}', file=sys.stdout)
+  return 0
