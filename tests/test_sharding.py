@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from core_helpers import BOS, IMAGE, Sample
-from jax.sharding import NamedSharding, PartitionSpec as Spec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from vlm_compress import sharding
 from vlm_compress.config import ConfigError

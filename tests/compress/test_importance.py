@@ -37,8 +37,9 @@ def _inputs(seed=0, soft=False):
               prompt_weight=prompt.astype(np.float32))
 
 
-def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight):
-  """Mean probability over the queries that can see the token."""
+def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight,
+                   fair_share):
+  """Probability received, divided by a fair share or by the queries."""
   out = np.zeros((2, B, T))
   for b in range(B):
     probs = np.zeros((T, T))
@@ -46,6 +47,8 @@ def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight):
       logits = q[b, :, n].astype(np.float64) @ k[b, :, n // (N // K)].T
       logits = logits / np.sqrt(H) + (0 if bias is None else bias[b])
       weights = np.exp(logits) * mask[b]
+      flat = np.exp(0 if bias is None else bias[b]) * mask[b]
+      flat = flat / np.maximum(flat.sum(1, keepdims=True), 1e-30)
       probs += weights / np.maximum(weights.sum(1, keepdims=True), 1e-30) / N
     for j in range(T):
       for which in (0, 1):
@@ -56,23 +59,26 @@ def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight):
             same = image_ids[b, t] == image_ids[b, j]
             weight = visual_weight[b, t] * same
           if mask[b, t, j]:
-            total, count = total + weight * probs[t, j], count + weight
+            fair = flat[t, j] if which == 0 and fair_share == 'flat' else 1.0
+            total, count = total + weight * probs[t, j], count + weight * fair
         out[which, b, j] = total / count if count > 0 else 0.0
   return out
 
 
-@functools.partial(jax.jit, static_argnames='block_size')
-def _scores(inputs, block_size=256):
-  return received_attention(**inputs, block_size=block_size)
+@functools.partial(jax.jit, static_argnames=('block_size', 'fair_share'))
+def _scores(inputs, block_size=256, fair_share='flat'):
+  return received_attention(**inputs, fair_share=fair_share,
+                            block_size=block_size)
 
 
+@pytest.mark.parametrize('fair_share', ['flat', 'queries'])
 @pytest.mark.parametrize('soft', [False, True])
-def test_equals_the_definition(soft):
+def test_equals_the_definition(soft, fair_share):
   inputs = _inputs(soft=soft)
-  want = _by_definition(**inputs)
-  got = np.stack(_scores(inputs))
+  want = _by_definition(**inputs, fair_share=fair_share)
+  got = np.stack(_scores(inputs, fair_share=fair_share))
   assert want[0].max() > 0.05 and want[1].max() > 0.05
-  np.testing.assert_allclose(got, want, atol=1e-6)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('block_size', [1, 4, 7, 20])
@@ -119,17 +125,24 @@ def test_image_without_prompt_behind_it_has_no_cross_score():
   assert (np.asarray(cross[:, 1:7]) > 0.0).all()
 
 
-def test_early_tokens_do_not_win_by_position():
+@pytest.mark.parametrize('soft', [False, True])
+def test_early_tokens_do_not_win_by_position(soft):
   """Attention that prefers nobody gives every token the same self score."""
-  inputs = _inputs()
+  inputs = _inputs(soft=soft)
   inputs['q'] = np.zeros_like(inputs['q'])
   inputs['visual_weight'] = (inputs['image_ids'] > 0).astype(np.float32)
   self_score, cross_score = _scores(inputs)
   for image in (slice(1, 7), slice(9, 15)):
-    for score in (self_score, cross_score):
+    for score in (self_score,) if soft else (self_score, cross_score):
       np.testing.assert_allclose(score[:, image],
                                  np.broadcast_to(score[:, image][:, :1],
                                                  (B, 6)), rtol=1e-5)
+    # fair means 1; the number of queries alone would favour the first
+    np.testing.assert_allclose(self_score[:, image], 1.0, rtol=1e-5)
+    if soft:
+      continue
+    by_queries = _scores(inputs, fair_share='queries')[0][:, image]
+    assert (np.asarray(by_queries[:, 0]) > 1.1 * by_queries[:, -1]).all()
 
 
 def test_relative_by_hand():

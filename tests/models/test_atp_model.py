@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import core_helpers as helpers
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from core_helpers import BOS, IMAGE, Sample
 
+from vlm_compress.models.llama import DecoderLayer
 from vlm_compress.models.llava import PruneOptions
+from vlm_compress.nn.masks import causal_mask
+from vlm_compress.nn.norms import RMSNorm
 
 LENGTH, IMAGES = 44, 2
 SAMPLES = (Sample((BOS, IMAGE, 6, 7, 8, 9), 1, seed=1),
@@ -81,7 +86,7 @@ def test_kept_tokens_differ_between_instances_and_modules():
   # `entering` a layer is what the module before it left
   np.testing.assert_array_equal(out.entering[1:], out.prune.module_keep)
   theta = np.asarray(out.prune.thresholds)[:, batch.image_valid]
-  assert theta.std(1).min() > 1e-3
+  assert theta.std(1).min() > 1e-4
 
 
 def _drop_for_real(sample, config, keep):
@@ -98,11 +103,6 @@ def test_dropping_tokens_for_real_is_the_hard_mask(sample):
   One module after layer 1: layers 2 to 4 run on what is left.  Their input is
   taken from a one-layer model, whose hidden state is the same.
   """
-  import flax.linen as nn
-  import jax
-  from vlm_compress.models.llama import DecoderLayer
-  from vlm_compress.nn.masks import causal_mask
-  from vlm_compress.nn.norms import RMSNorm
   config = helpers.atp_config(prune_after=(1,))
   batch = _batch([sample])
   logits, out = _run(config, batch)
@@ -200,7 +200,7 @@ def test_soft_masks_do_not_depend_on_the_batch_or_the_padding_side():
 def test_any_placement(prune_after):
   config = helpers.atp_config(prune_after=prune_after, target_tokens=16.0)
   batch = _batch()
-  _, out = _run(config, batch)
+  _, out = _run(config, batch, threshold_shift=jnp.float32(0.1))
   counts = np.asarray(out.entering).sum(-1)[:, batch.image_valid]
   for layer in range(1, 4):
     change = counts[layer] - counts[layer - 1]

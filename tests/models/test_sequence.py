@@ -7,17 +7,17 @@ import dataclasses
 import core_helpers as helpers
 import numpy as np
 import pytest
-from core_helpers import BOS, IMAGE, NEWLINE, Sample, VOCO, segment
+from core_helpers import BOS, IMAGE, NEWLINE, VOCO, Sample, segment
 
 from vlm_compress.config import ConfigError, VisionConfig
 from vlm_compress.models.sequence import (
-    PAD,
-    PREFIX,
-    TEXT,
-    VISUAL,
-    expand_row,
-    make_batch,
-    split_voco,
+  PAD,
+  PREFIX,
+  TEXT,
+  VISUAL,
+  expand_row,
+  make_batch,
+  split_voco,
 )
 
 # Four visual tokens per image, so that rows can be written out.
@@ -98,6 +98,9 @@ def test_turn_that_goes_back_to_shared_is_refused():
 
 @pytest.mark.parametrize('ids,part', [
     ([BOS, VOCO, IMAGE], 'before the first image'),
+    # the two passes compress an image behind BOS and nothing else
+    ([BOS, 7, *segment(1), 8], 'directly behind BOS'),
+    ([*segment(1), 8], 'directly behind BOS'),
     ([BOS, IMAGE, 7, *segment(1)], 'not for every image'),
     ([BOS, *segment(1), IMAGE, 7], 'not for every image')])
 def test_voco_tokens_without_their_image(ids, part):
@@ -172,7 +175,7 @@ def test_images_and_placeholders_must_agree():
     make(two, images, 1)
   with pytest.raises(ConfigError, match='placeholder'):
     make(two, images[:0], 2)
-  with pytest.raises(ConfigError, match='row 0'):
+  with pytest.raises(ConfigError, match=r'row 0 has 2 image placeholder.* 1 image'):
     make(two, images[:1], 2)
 
 
@@ -227,5 +230,5 @@ def test_target_right_behind_the_voco_tokens_is_not_lost_silently():
   ids = (BOS, IMAGE, NEWLINE, VOCO, 8, 9)
   batch = helpers.batch([Sample(ids, answer=2)], CONFIG, length=15,
                         num_images=1)
-  with pytest.raises(ConfigError):
+  with pytest.raises(ConfigError, match='directly behind VoCo tokens'):
     split_voco(batch, CONFIG, 5)

@@ -15,7 +15,7 @@ import pytest
 from core_helpers import BOS, Sample, segment
 
 from vlm_compress.losses import next_token_loss
-from vlm_compress.models.sequence import split_voco, TEXT
+from vlm_compress.models.sequence import TEXT, split_voco
 
 TEXT_LENGTH = 14
 SAMPLES = (
@@ -102,18 +102,6 @@ def test_padding_side_does_not_matter():
   helpers.close(b[0][left.valid], a[0][right.valid])
   for path, grad in helpers.flat(a[1]).items():
     helpers.close(helpers.flat(b[1])[path], grad)
-
-
-@pytest.mark.parametrize('name', ['plain', 'text_sees_prefix'])
-def test_text_in_front_of_the_first_image(name):
-  """A compressed image does not depend on where it stands."""
-  config = CONFIGS[name]
-  model, params = helpers.build(config)
-  samples = SAMPLES[:2] + (Sample((BOS, 8, 9, *segment(2), 10, 11), 2,
-                                  seed=5),) + SAMPLES[3:]
-  batch, split = _batches(config, samples)
-  _compare(batch, _masked(model, params, batch),
-           _two_pass(model, params, split))
 
 
 def test_packed_turns_are_independent_of_each_other():

@@ -14,7 +14,7 @@ from vlm_compress import sharding
 from vlm_compress.config import AtpConfig, ConfigError, LlavaConfig, TextConfig, VisionConfig
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.input_pipeline import make_dataset
-from vlm_compress.data.rows import plain_collate, row_maker, RowSpec
+from vlm_compress.data.rows import RowSpec, plain_collate, row_maker
 from vlm_compress.data.tokenizer import word_level
 from vlm_compress.models.llava import Llava
 from vlm_compress.train import checkpoint
@@ -33,7 +33,7 @@ CONFIG = LlavaConfig(
                     max_position_embeddings=64, initializer_range=0.1))
 ATP = dataclasses.replace(CONFIG, atp=AtpConfig(
     prune_after=(1,), target_tokens=3.0, threshold_hidden_size=4))
-RECIPE = Recipe(steps=7, batch_size=8, learning_rate=1e-2, warmup_steps=2,
+RECIPE = Recipe(steps=7, batch_size=8, learning_rate=1e-2, warmup_steps=1,
                 log_steps=2, checkpoint_steps=2, seed=5)
 SPEC = RowSpec(length=24, one_turn=True)
 
@@ -86,12 +86,9 @@ def _fit(config, recipe, workdir, batches=None, **kwargs):
 
 
 def _metrics(workdir):
-  """Lines of metrics.jsonl without wall-clock time."""
+  """Lines of metrics.jsonl."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  for row in rows:
-    assert row.pop('steps_per_second') > 0
-  return rows
+  return [json.loads(line) for line in lines]
 
 
 def _final_state(workdir):
@@ -134,7 +131,7 @@ def test_interrupted_is_uninterrupted_bit_for_bit(stage, uninterrupted,
   assert [r['step'] for r in _metrics(tmp_path)] == [2, 4]
   # what a kill can leave: a metric too many, a torn line, a torn checkpoint
   with (tmp_path / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 5, "loss": 9.9, "steps_per_second": 1.0}\n{"ste')
+    file.write('{"step": 5, "loss": 9.9}\n{"ste')
   torn = tmp_path / 'checkpoints' / '6.orbax-checkpoint-tmp-1'
   (torn / 'state').mkdir(parents=True)
   (torn / 'state' / 'garbage').write_text('x')

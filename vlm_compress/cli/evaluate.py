@@ -20,7 +20,7 @@ from vlm_compress.cli.stage import bridge
 from vlm_compress.cli.train import load_page, override
 from vlm_compress.cli.workspace import open_split
 from vlm_compress.config import check
-from vlm_compress.convert.files import load_config, load_params, TOKENIZER
+from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.report import print_table, write_report

@@ -17,10 +17,10 @@ import numpy as np
 from vlm_compress.cli.evaluate import own_method
 from vlm_compress.cli.workspace import encoder
 from vlm_compress.config import check
-from vlm_compress.convert.files import load_config, load_params, TOKENIZER
+from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data import images
 from vlm_compress.data.examples import Example, Turn
-from vlm_compress.data.rows import layout, RowSpec
+from vlm_compress.data.rows import RowSpec, layout
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.decode.generate import generate
 from vlm_compress.models.llava import Llava, PruneOptions

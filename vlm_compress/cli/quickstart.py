@@ -25,8 +25,8 @@ from rich.console import Console
 import vlm_compress
 from vlm_compress.cli import results
 from vlm_compress.cli.quickstart_config import get_config
-from vlm_compress.cli.stage import bridge, run_stage, Stage
-from vlm_compress.cli.workspace import demo_tokenizer, open_split, Split
+from vlm_compress.cli.stage import Stage, bridge, run_stage
+from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
 from vlm_compress.convert.files import load_config, load_params
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.report import print_table, write_report
@@ -112,7 +112,7 @@ def evaluate(models: dict[str, tuple[Any, Any]], train: Split, test: Split,
   examples = test.take(stage.num_test)
   bench = results.Bench(
       examples, test.features, questions_of(examples, stage.per_kind),
-      stage.headline, demo_tokenizer(stage.data.name), stage.rows.template,
+      stage.headline, tokenizer_for(stage.data, train.examples), stage.rows.template,
       say)
   config, params = models['base']
   plain = dataclasses.replace(config, voco=None)

@@ -13,7 +13,12 @@ and the decoder is small and trained from scratch.
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from vlm_compress.data.rows import RowSpec
+from vlm_compress.train.recipe import Recipe
 
 STAGES = ('align', 'instruct', 'voco8', 'voco1', 'atp')
 NUM_LAYERS, NUM_VISUAL = 8, 64
@@ -40,6 +45,11 @@ def _voco(num_voco_tokens: int) -> dict:
 KINDS = {'what': 9, 'caption': 1, 'where': 2, 'exists': 2, 'count': 2,
          'category': 3}
 
+# With one turn per row these are weights.  A caption needs all nine cells, a
+# question about one cell does not: what adaptive budgets are for.
+ATP_KINDS = {'what': 9, 'caption': 4, 'where': 1, 'exists': 1, 'count': 1,
+             'category': 2}
+
 
 def get_config(stage: str = 'instruct') -> ConfigDict:
   """The config of a stage: align, instruct, voco8, voco1 or atp."""
@@ -57,16 +67,16 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
                     'learning_rate': 2e-3}),
       'voco8': (_model(**_voco(8)),
                 {'num_voco_tokens': (8,), 'length': 272, 'text_length': 208},
-                {'stage': 'voco', 'steps': 150, 'learning_rate': 1e-3,
-                 'warmup_steps': 10}),
+                {'stage': 'voco', 'steps': 300, 'learning_rate': 2e-3,
+                 'warmup_steps': 20}),
       'voco1': (_model(**_voco(1)),
                 {'num_voco_tokens': (1,), 'length': 272, 'text_length': 208},
-                {'stage': 'voco', 'steps': 200, 'learning_rate': 1e-3,
-                 'warmup_steps': 10}),
+                {'stage': 'voco', 'steps': 300, 'learning_rate': 2e-3,
+                 'warmup_steps': 20}),
       'atp': (_model(atp={'prune_after': (1, 3, 6),
                           'target_tokens': ATP_TARGET,
                           'lambda_target': 2.0, 'lambda_atp': 0.02}),
-              {'one_turn': True, 'length': 82},
+              {'one_turn': True, 'length': 82, 'kinds': ATP_KINDS},
               {'stage': 'atp', 'steps': 300, 'batch_size': 48,
                'learning_rate': 1e-3, 'warmup_steps': 10}),
   }[stage]
@@ -75,11 +85,13 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
       'data': {'name': 'openmoji_grid', 'image_size': 128,
                'options': {'num_train': 4000, 'num_validation': 250,
                            'num_test': 500},
-               'train_split': 'train', 'test_split': 'test'},
-      'rows': {'template': 'short', 'kinds': KINDS, **rows},
-      'train': {'log_steps': 25, 'checkpoint_steps': 100, 'seed': 0, **train},
-      'eval': {'num_test': 400, 'headline': ('what', 'caption'),
-               'per_kind': {'what': 2, 'caption': 1, 'where': 1, 'exists': 1,
+               'train_split': 'train', 'test_split': 'test',
+               'tokenizer': ''},
+      'rows': {**dataclasses.asdict(RowSpec()), 'kinds': KINDS, **rows},
+      'train': {**dataclasses.asdict(Recipe()), 'checkpoint_steps': 100,
+                **train},
+      'eval': {'num_test': 250, 'headline': ('what', 'caption'),
+               'per_kind': {'what': 3, 'caption': 1, 'where': 1, 'exists': 1,
                             'count': 1, 'category': 1}},
       'init_from': '',
   }, convert_dict=True)

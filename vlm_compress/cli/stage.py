@@ -14,8 +14,8 @@ from vlm_compress.cli.workspace import (
   DataSpec,
   Message,
   Split,
-  demo_tokenizer,
   model_config,
+  tokenizer_for,
 )
 from vlm_compress.config import ConfigError, LlavaConfig, check
 from vlm_compress.convert.files import load_params, save_model
@@ -127,7 +127,7 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
     The model's config, its parameters, and seconds of training (all sittings
     that were not killed in between).
   """
-  tokenizer = demo_tokenizer(stage.data.name)
+  tokenizer = tokenizer_for(stage.data, split.examples)
   config = model_config(stage.model, tokenizer)
   claim_workdir(workdir, describe(stage))
   result, clock = workdir / 'model', workdir / 'seconds.txt'

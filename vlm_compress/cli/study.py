@@ -22,7 +22,7 @@ from vlm_compress.cli import results
 from vlm_compress.cli.quickstart import SHIPPED, versions
 from vlm_compress.cli.stage import bridge, run_stage
 from vlm_compress.cli.train import load_module
-from vlm_compress.cli.workspace import demo_tokenizer, open_split
+from vlm_compress.cli.workspace import open_split, tokenizer_for
 from vlm_compress.convert.files import load_config, load_params
 from vlm_compress.eval import scoring
 from vlm_compress.eval.evaluator import Method, questions_of
@@ -93,7 +93,7 @@ def one(page, name: str, seed: int, args, train, test, base, say
   examples = test.take(stage.num_test)
   bench = results.Bench(
       examples, test.features, questions_of(examples, stage.per_kind),
-      stage.headline, demo_tokenizer(stage.data.name), stage.rows.template,
+      stage.headline, tokenizer_for(stage.data, train.examples), stage.rows.template,
       say)
   if name == 'ub':
     references(bench, train, base, model, params, seed)

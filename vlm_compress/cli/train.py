@@ -20,7 +20,7 @@ from rich.console import Console
 
 from vlm_compress.cli.stage import bridge, run_stage
 from vlm_compress.cli.workspace import open_split
-from vlm_compress.config import check, ConfigError
+from vlm_compress.config import ConfigError, check
 
 
 def parser() -> argparse.ArgumentParser:

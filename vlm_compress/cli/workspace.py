@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_compress.config import LlavaConfig, check
+from vlm_compress.config import LlavaConfig, check, from_dict
 from vlm_compress.data.examples import Example
 from vlm_compress.data.features import cached_features
+from vlm_compress.data.llava_json import LlavaJson
 from vlm_compress.data.sources import open_source
-from vlm_compress.data.tokenizer import Tokenizer, word_level
+from vlm_compress.data.tokenizer import Tokenizer, load, word_level
 
 Message = Callable[[str], None]
 
@@ -25,16 +26,20 @@ class DataSpec:
   """Which data a run uses.
 
   Attributes:
-    name: data set, see data/sources.py; or 'llava_json'.
-    options: settings of the data set, as (name, value) pairs.
+    name: data set, see data/sources.py; or 'llava_json' with one picture a
+      row, whose splits are files of that format.
+    options: settings of the data set, as (name, value) pairs; of llava_json
+      the image_folder.
     image_size: side of the pictures for the vision tower, in pixels.
     train_split, test_split: in TFDS's notation.
+    tokenizer: path of a tokenizer.json; '' builds a word-level one.
   """
   name: str = 'openmoji_grid'
   options: tuple[tuple[str, Any], ...] = ()
   image_size: int = 128
   train_split: str = 'train'
   test_split: str = 'test'
+  tokenizer: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,24 +85,38 @@ def open_split(spec: DataSpec, split: str, root: pathlib.Path,
     root: data sets go to root/data, features to root/features.
     message: called with lines for the user.
   """
-  source = open_source(spec.name, root / 'data', split,
-                       options=dict(spec.options))
+  options = dict(spec.options)
+  if spec.name == 'llava_json':
+    source = LlavaJson(split, **options)
+    data = hashlib.sha256(pathlib.Path(split).read_bytes()).hexdigest()
+    attribution = ''
+  else:
+    source = open_source(spec.name, root / 'data', split, options=options)
+    data = source.fingerprint
+    attribution = source.metadata.get('attribution', '')
   encode, fingerprint = encoder()
   features = cached_features(
-      source, encode, f'{fingerprint}-{source.fingerprint}',
+      source, encode, f'{fingerprint}-{data}',
       root / 'features', spec.image_size, 100, message=message)
-  return Split(source, features, source.metadata.get('attribution', ''))
+  return Split(source, features, attribution)
 
 
-def demo_tokenizer(name: str) -> Tokenizer:
-  """A word-level tokenizer that knows every word of a data set."""
-  if name == 'openmoji_grid':
+def tokenizer_for(spec: DataSpec, examples: Any) -> Tokenizer:
+  """The run's tokenizer.json, or a word-level tokenizer of the data set.
+
+  Args:
+    spec: the data; spec.tokenizer names a file, '' builds one.
+    examples: the training split; its words become the vocabulary.
+  """
+  if spec.tokenizer:
+    return load(spec.tokenizer)
+  if spec.name == 'openmoji_grid':  # the test split has no other words
     from vlm_compress.data import grids
     return word_level(grids.vocabulary())
-  check(name == 'easy_vqa', f'data.name={name!r} has no tokenizer of its own; '
-        'give the run a tokenizer.json')
-  from vlm_compress.data.builders import easy_vqa
-  return word_level(easy_vqa.vocabulary())
+  check(spec.name == 'easy_vqa', f'data.name={spec.name!r} needs '
+        'data.tokenizer, the path of a tokenizer.json')
+  turns = [t for i in range(len(examples)) for t in examples[i].turns]
+  return word_level([t.question for t in turns] + [t.answer for t in turns])
 
 
 def model_config(fields: dict[str, Any], tokenizer: Tokenizer) -> LlavaConfig:
@@ -106,7 +125,6 @@ def model_config(fields: dict[str, Any], tokenizer: Tokenizer) -> LlavaConfig:
   The placeholder of a VoCo token is the id behind the last word: it is never
   looked up in the embedding.
   """
-  from vlm_compress.config import from_dict
   fields = {**fields, 'voco_token_index': tokenizer.vocab_size,
             'text': {**fields['text'], 'vocab_size': tokenizer.vocab_size}}
   return from_dict(fields)

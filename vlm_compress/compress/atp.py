@@ -232,7 +232,8 @@ def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
   ).reshape(keep.shape)
   raw = received_attention(
       q, k, mask, bias, inputs.image_ids,
-      token_keep(keep, inputs) * is_visual, inputs.prompt_weight)
+      token_keep(keep, inputs) * is_visual, inputs.prompt_weight,
+      config.fair_share)
   self_score, cross_score = (
       normalise(on_canvas(x), keep, config.score_norm) for x in raw)
   redundancy = {'both': (self_score + cross_score) / 2, 'self': self_score,

@@ -2,9 +2,12 @@
 
 Self-modality score (Eq. 3): attention received from visual tokens of its own
 image.  Cross-modality score (Eq. 4): attention received from prompt text.
-Both are post-softmax probabilities averaged over heads (ours); the self score
-is divided by the number of kept visual queries that can causally see the
-token, or early tokens would win by their position alone (ours).
+Both are post-softmax probabilities averaged over heads (ours).  Early tokens
+are seen by more queries than late ones, so the self score is divided by a
+fair share (ours): what the token would receive if every query attended evenly
+to all it may see.  Dividing by the number of queries instead leaves a bias,
+because early queries have fewer keys to share their attention among: with
+flat attention over 64 tokens, the first would still score 4.8 times the last.
 
 No B x N x T x S map is stored: queries are taken in blocks and reduced to
 column sums, so memory is O(block * S).
@@ -23,7 +26,8 @@ _EPS = 1e-9
 def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
                        bias: jax.Array | None, image_ids: jax.Array,
                        visual_weight: jax.Array, prompt_weight: jax.Array,
-                       block_size: int = 256) -> tuple[jax.Array, jax.Array]:
+                       fair_share: str = 'flat', block_size: int = 256
+                       ) -> tuple[jax.Array, jax.Array]:
   """Mean attention that every token receives from image and from prompt.
 
   Args:
@@ -34,6 +38,7 @@ def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
     visual_weight: float32[B, T], 1 for kept visual queries, 0 for the rest
       (in between while masks are soft).
     prompt_weight: float32[B, T], 1 for prompt text after an image.
+    fair_share: 'flat' or 'queries', see AtpConfig.
     block_size: queries per block.
 
   Returns:
@@ -49,14 +54,18 @@ def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
     take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block_size, 1)
     fresh = start + jnp.arange(block_size) >= index * block_size
     block_mask = take(mask)
-    probs = attention_probs(take(q), k, block_mask,
-                            None if bias is None else take(bias))
+    block_bias = None if bias is None else take(bias)
+    probs = attention_probs(take(q), k, block_mask, block_bias)
     probs = jnp.mean(probs, axis=(1, 2)) * block_mask
+    share = block_mask.astype(jnp.float32)
+    if fair_share == 'flat':
+      share = share if bias is None else share * jnp.exp(block_bias)
+      share = share / jnp.maximum(share.sum(-1, keepdims=True), _EPS)
     same_image = take(image_ids)[:, :, None] == image_ids[:, None, :]
     visual = (take(visual_weight) * fresh)[:, :, None] * same_image
     prompt = (take(prompt_weight) * fresh)[:, :, None]
     return jnp.stack([
-        jnp.sum(probs * visual, axis=1), jnp.sum(block_mask * visual, axis=1),
+        jnp.sum(probs * visual, axis=1), jnp.sum(share * visual, axis=1),
         jnp.sum(probs * prompt, axis=1), jnp.sum(block_mask * prompt, axis=1)])
 
   if num_blocks == 1:

@@ -22,8 +22,9 @@ class RowSpec:
   Attributes:
     template: name of the conversation template.
     kinds: turns drawn per example, as (kind, count) pairs; () takes all.
-    one_turn: a row holds one of these turns only.  ATP needs it: at inference
-      only the first question exists when thresholds are computed.
+    one_turn: a row holds one turn only, of a kind drawn in proportion to the
+      counts.  ATP needs it: at inference only the first question exists when
+      thresholds are computed.
     independent_turns: turns of a row do not see each other; False keeps an
       ordinary conversation.
     num_voco_tokens: C, drawn per row where there are several; 0 is none.
@@ -57,6 +58,14 @@ def draw_turns(turns: Sequence[Turn], spec: RowSpec,
                rng: np.random.Generator) -> list[Turn]:
   """Turns of one row, in a random order where they are independent."""
   turns = list(turns)
+  if spec.one_turn:
+    kinds = spec.kinds or tuple((t.kind, 1) for t in turns)
+    present = [(kind, count) for kind, count in kinds
+               if any(t.kind == kind for t in turns)]
+    weights = np.asarray([count for _, count in present], np.float64)
+    kind = present[rng.choice(len(present), p=weights / weights.sum())][0]
+    turns = [t for t in turns if t.kind == kind]
+    return [turns[rng.integers(len(turns))]]
   if spec.kinds:
     drawn = []
     for kind, count in spec.kinds:
@@ -64,8 +73,6 @@ def draw_turns(turns: Sequence[Turn], spec: RowSpec,
       order = rng.permutation(len(of_kind))[:count]
       drawn += [of_kind[i] for i in order]
     turns = drawn
-  if spec.one_turn:
-    return [turns[rng.integers(len(turns))]]
   if spec.independent_turns:
     turns = [turns[i] for i in rng.permutation(len(turns))]
   return turns

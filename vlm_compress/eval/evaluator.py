@@ -145,11 +145,11 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
         for slot, i in enumerate(part):
           out[i] = [np.asarray(x)[slot] for x in result]
         bar.update(task, advance=len(part))
-  columns = [np.stack(column) for column in zip(*out)]
-  texts = [tokenizer.decode(_until(t, tokenizer.eos_id)) for t in columns[0]]
+  tokens, *columns = zip(*out)
+  texts = [tokenizer.decode(_until(t, tokenizer.eos_id)) for t in tokens]
   text_tokens = np.asarray([int((r['token_types'] == TEXT).sum())
                             for r in rows])
-  return Answers(texts, columns[1], columns[2], columns[3], text_tokens)
+  return Answers(texts, *map(np.stack, columns), text_tokens)
 
 
 def _groups(budgets: Sequence[int], short: int = 8) -> list[list[int]]:

@@ -17,6 +17,7 @@ from vlm_compress.compress.baselines.pooling import average_pool
 from vlm_compress.compress.baselines.qformer import QFormer
 from vlm_compress.compress.voco import hidden_from_text, voco_mask
 from vlm_compress.config import LlavaConfig, check
+from vlm_compress.models.clip_vit import ClipVisionTower
 from vlm_compress.models.language_model import LanguageModel
 from vlm_compress.models.layer_stack import StackInputs, StackOutputs
 from vlm_compress.models.projector import Projector
@@ -78,6 +79,10 @@ class Llava(nn.Module):
     self.multi_modal_projector = Projector(
         hidden_size, cfg.projector_hidden_act, std, dtype, param_dtype)
     self.language_model = LanguageModel(cfg, self.unroll)
+    if cfg.vision.model_type == 'clip_vision_model':
+      self.vision_tower = ClipVisionTower(
+          cfg.vision, cfg.vision_feature_layer,
+          cfg.vision_feature_select_strategy, dtype, param_dtype)
     if cfg.resampler == 'qformer':
       self.resampler = QFormer(cfg.num_query_tokens,
                                cfg.text.num_attention_heads, std, dtype,
@@ -97,6 +102,15 @@ class Llava(nn.Module):
     if cfg.atp is not None and cfg.atp.selector == 'adaptive':
       self.atp = atp.ThresholdHeads(len(cfg.atp.prune_after),
                                     cfg.num_visual_tokens, cfg.atp)
+
+  def vision_features(self, pixels: jax.Array) -> jax.Array:
+    """float[B, I, S, S, 3] normalised pixels -> float[B, I, P', Dv] (CLIP)."""
+    check(self.config.vision.model_type == 'clip_vision_model',
+          'the EfficientNet-Lite0 tower is frozen and has no parameters here; '
+          'use models.efficientnet.extract_features')
+    B, I = pixels.shape[:2]
+    features = self.vision_tower(pixels.reshape(B * I, *pixels.shape[2:]))
+    return features.reshape(B, I, *features.shape[1:])
 
   def visual_tokens(self, features: jax.Array) -> jax.Array:
     """float[B, I, P', Dv] vision features -> float[B, I, P, D]."""
@@ -345,6 +359,19 @@ def example_batch(config: LlavaConfig, num_rows: int = 1, num_images: int = 1,
       image_valid=jnp.ones((num_rows, num_images), bool))
 
 
-def init_params(model: Llava, rng: jax.Array):
-  """Fresh parameters (boxed with logical axis names)."""
-  return model.init(rng, example_batch(model.config))['params']
+def init_params(model: Llava, rng: jax.Array, with_vision: bool = False):
+  """Fresh parameters (boxed with logical axis names).
+
+  Args:
+    model: the model.
+    rng: random key.
+    with_vision: also those of the CLIP tower, which training on frozen
+      features does not need.
+  """
+  batch, size = example_batch(model.config), model.config.vision.image_size
+
+  def everything(model):
+    if with_vision:
+      model.vision_features(jnp.zeros((1, 1, size, size, 3)))
+    return model(batch)
+  return nn.init(everything, model)(rng)['params']

@@ -171,6 +171,8 @@ def _segment_ends(input_ids: Sequence[int], config: LlavaConfig
     if token == config.image_token_index:
       check(start is None or start in ends,
             'a row has VoCo tokens, but not for every image')
+      check(ends or index == 1, 'with VoCo tokens the first image stands '
+            'directly behind BOS: a compressed image knows no text')
       start = index
     elif token == config.voco_token_index:
       check(start is not None, 'VoCo tokens stand before the first image')
@@ -212,8 +214,10 @@ def make_batch(rows: Sequence[dict[str, np.ndarray]],
     span = slice(length - size, length) if pad_left else slice(0, size)
     for name in ROW_FIELDS:
       out[name][b, span] = row[name][:size]
-    check(int(row['visual_slots'].max(initial=-1)) < 0 or len(features[b]) > 0,
-          f'row {b} has an image placeholder but no image')
+    placeholders = len(set(row['image_ids'][row['token_types'] == VISUAL]))
+    check(placeholders <= len(features[b]),
+          f'row {b} has {placeholders} image placeholder(s), but '
+          f'{len(features[b])} image(s)')
   pixels, image_valid = _stack_images(features, num_images)
   return Batch(features=pixels, image_valid=image_valid, **out)
 
@@ -278,6 +282,8 @@ def split_voco(batch: Batch, config: LlavaConfig, text_length: int
     index = np.flatnonzero(is_text[b])
     for name in ROW_FIELDS:
       fields[name][b, :len(index)] = getattr(batch, name)[b, index]
+  check(not fields['loss_mask'][:, :1].any(), 'a target stands directly '
+        'behind VoCo tokens; put a newline between, which predicts it')
   segments, positions = [], {}
   for b in range(num_rows):
     for i in range(1, num_images + 1):

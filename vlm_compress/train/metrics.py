@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 from typing import Any
 
-from clu import metric_writers
 from rich.console import Console
 from rich.progress import (
   BarColumn,
@@ -21,6 +21,14 @@ from rich.progress import (
 from vlm_compress.train.checkpoint import write_text
 
 
+def _summary_writer(workdir: pathlib.Path):
+  # clu's writer imports tensorflow: seconds, and notices about its build.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  from clu import metric_writers
+  return metric_writers.SummaryWriter(str(workdir / 'tensorboard'))
+
+
 class MetricLog:
   """Scalars by step, in three places.
 
@@ -32,8 +40,7 @@ class MetricLog:
                title: str, tensorboard: bool = True):
     self._path = workdir / 'metrics.jsonl'
     self._keep_before(first_step)
-    self._writer = (metric_writers.SummaryWriter(str(workdir / 'tensorboard'))
-                    if tensorboard else None)
+    self._writer = _summary_writer(workdir) if tensorboard else None
     self._title, self._num_steps = title, num_steps
     console = Console(stderr=True)
     self._progress = Progress(

@@ -96,11 +96,11 @@ def _text_only(logits: jax.Array, batch: Batch, text: Batch) -> jax.Array:
     shifted = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     return jnp.argsort(~shifted, axis=1, stable=True)
   source, target = predicted(batch.loss_mask), predicted(text.loss_mask)
-  size = text.loss_mask.shape[1]
+  size = min(text.loss_mask.shape[1], logits.shape[1])
   rows = jnp.arange(logits.shape[0])[:, None]
   picked = logits[rows, source[:, :size]]
-  return jnp.zeros((*target.shape, logits.shape[-1])).at[rows, target].set(
-      picked)
+  return jnp.zeros((*target.shape, logits.shape[-1])).at[
+      rows, target[:, :size]].set(picked)
 
 
 def temperature(config: LlavaConfig, recipe: Recipe, step: jax.Array
@@ -123,7 +123,8 @@ def atp_loss(model: Llava, params: Any, batch: Batch, step: jax.Array,
   adaptive = config.selector == 'adaptive'
   tau = temperature(model.config, recipe, step)
   options = PruneOptions(
-      temperature=tau, row_ids=jnp.arange(batch.input_ids.shape[0]),
+      temperature=tau, threshold_shift=0.0,  # the shift is for inference
+      row_ids=jnp.arange(batch.input_ids.shape[0]),
       seed=recipe.seed * 1_000_003 + step, hard=not adaptive)
   logits, out = model.apply({'params': params}, batch, prune=options)
   loss = _mean(losses.next_token_loss(logits, batch.input_ids,

@@ -1,0 +1,477 @@
+"""Every field of every configuration changes something that can be seen.
+
+PROBES names, for each field, a change and what it has to change.  The test
+runs over `dataclasses.fields`, so a new field without a probe fails, and so
+does a field that nobody reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import core_helpers as helpers
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_helpers import BOS, IMAGE, VOCO, Sample, segment
+
+from vlm_compress import config as config_lib
+from vlm_compress import losses
+from vlm_compress.compress import atp as atp_lib
+from vlm_compress.config import (
+  AtpConfig,
+  ConfigError,
+  LlavaConfig,
+  TextConfig,
+  VisionConfig,
+  VocoConfig,
+)
+from vlm_compress.eval import efficiency
+from vlm_compress.models import clip_vit, llava, sequence
+from vlm_compress.models.llava import PruneOptions
+from vlm_compress.train import optimizer, steps
+from vlm_compress.train.loop import fit, start_params
+from vlm_compress.train.recipe import Recipe
+
+# ----------------------------------------------------------- what can be seen
+
+
+def shapes(config):
+  """Paths, shapes and dtypes of the parameters."""
+  tree = nn.unbox(jax.eval_shape(
+      lambda key: llava.init_params(llava.Llava(config), key),
+      jax.random.key(0)))
+  return {path: (x.shape, str(x.dtype))
+          for path, x in helpers.flat(tree).items()}
+
+
+def tower(config):
+  """Parameters and output of the CLIP tower, as shapes."""
+  module = clip_vit.ClipVisionTower(
+      config.vision, feature_layer=config.vision_feature_layer,
+      select_strategy=config.vision_feature_select_strategy)
+  size = config.vision.image_size
+  out, variables = jax.eval_shape(
+      module.init_with_output, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+  return out.shape, {p: x.shape for p, x in
+                     helpers.flat(nn.unbox(variables['params'])).items()}
+
+
+@functools.cache
+def _tower_params(vision):
+  module = clip_vit.ClipVisionTower(vision)
+  pixels = jnp.zeros((1, vision.image_size, vision.image_size, 3))
+  tree = nn.unbox(jax.eval_shape(module.init, jax.random.key(0),
+                                 pixels)['params'])
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), tree)
+
+
+def tower_output(config):
+  """Features of a picture, with parameters of the tiny tower."""
+  module = clip_vit.ClipVisionTower(
+      config.vision, feature_layer=config.vision_feature_layer,
+      select_strategy=config.vision_feature_select_strategy)
+  pixels = np.random.default_rng(1).normal(size=(1, 24, 24, 3))
+  params = _tower_params(helpers.tiny().vision)
+  out = jax.jit(lambda p, x: module.apply({'params': p}, x))(
+      params, pixels.astype(np.float32))
+  return np.asarray(out)
+
+
+def logits(config):
+  """Logits of one row under the config's own method, same parameters."""
+  base = dataclasses.replace(config, text=helpers.tiny().text,
+                             projector_hidden_act='gelu')
+  if config.atp is not None:
+    base = dataclasses.replace(base, atp=ATP.atp)
+  _, params = helpers.build(base)
+  ids = (BOS, *segment(2), 6, 7, 8) if config.voco else (BOS, IMAGE, 6, 7, 8)
+  batch = helpers.batch([Sample(ids, seed=1)], config, length=24, num_images=1)
+  options = {}
+  if config.voco:
+    options = dict(mask='voco')
+  elif config.atp:
+    options = dict(prune=PruneOptions(temperature=jnp.float32(5.0),
+                                      hard=config.atp.selector != 'adaptive'))
+  out = helpers.apply(llava.Llava(config), params, batch, **options)[0]
+  return np.asarray(out)[batch.valid]
+
+
+def initial_values(config):
+  """Fresh parameters."""
+  fresh = helpers._fresh(llava.Llava(config), 0)  # not drawn anew
+  return np.asarray(helpers.flat(fresh)['language_model/lm_head/kernel'])
+
+
+def first_thresholds(config):
+  """theta_r and theta_s before any training."""
+  heads = nn.unbox(atp_lib.ThresholdHeads(3, 16, config.atp).init(
+      jax.random.key(0))['params'])
+  zeros = jnp.zeros((1, 1, 16))
+  module = jax.tree.map(lambda x: x[0], heads)
+  return np.asarray(atp_lib.thresholds(module, zeros, zeros, 0.0))
+
+
+def default_shift(config):
+  """threshold_shift that a run without options has."""
+  model = llava.Llava(config)
+  _, params = helpers.build(ATP)
+  batch = helpers.batch([Sample((BOS, IMAGE, 6))], config, length=20,
+                        num_images=1)
+  return float(model.apply({'params': params}, batch, PruneOptions(),
+                           method='_prune_inputs').threshold_shift)
+
+
+def row(config):
+  """A row of which only the placeholders tell what is what."""
+  ids = [BOS, -200, 5, VOCO, 5, 7]
+  out = sequence.expand_row(ids, [False] * 6, [0] * 6, config)
+  return out['token_types'].tolist()
+
+
+def budget(config):
+  """Budget terms of one invented state."""
+  entering = np.ones((4, 1, 1, 16), np.float32)
+  state = atp_lib.PruneState(
+      keep=entering[0], module_keep=entering[:3], thresholds=None,
+      redundancy=None)
+  got = losses.budget_loss(state, entering, np.ones((1, 1), bool), config.atp)
+  return [float(got[name]) for name in ('budget_depth', 'budget_target')]
+
+
+def temperatures(config):
+  """tau at the first and at the last step."""
+  return [float(steps.temperature(config, Recipe(steps=100), jnp.int32(s)))
+          for s in (0, 99)]
+
+
+def soft_mask(config):
+  """Forward value of a mask while training."""
+  inputs = atp_lib.PruneInputs(
+      *[None] * 7, temperature=1.0, threshold_shift=0.0, hard=False,
+      config=config.atp, grid_size=4)
+  return np.asarray(atp_lib.adaptive_mask(
+      jnp.full((1, 1, 16), 0.6), jnp.zeros(16), jnp.full((1, 1, 2), 0.5),
+      inputs))
+
+
+def dtypes(config):
+  """dtype of hidden states."""
+  model = llava.Llava(config)
+  batch = llava.example_batch(config)
+  params = nn.unbox(jax.eval_shape(
+      lambda key: llava.init_params(model, key), jax.random.key(0)))
+  hidden, _ = jax.eval_shape(
+      lambda p: model.apply({'params': p}, batch, method='hidden'), params)
+  return str(hidden.dtype)
+
+
+def recomputes(config):
+  """Whether the program marks layers for recomputation."""
+  model = llava.Llava(config)
+  batch = llava.example_batch(config)
+  params = nn.unbox(jax.eval_shape(
+      lambda key: llava.init_params(model, key), jax.random.key(0)))
+  program = jax.make_jaxpr(
+      lambda p: model.apply({'params': p}, batch)[0])(params)
+  return 'remat' in str(program) or 'checkpoint' in str(program)
+
+
+def voco_costs(config):
+  """FLOPs of a compressed prompt."""
+  return float(efficiency.voco_cost(config, 10.0).decoder)
+
+
+def step_of_stage(config):
+  """Whether a plain voco step can be built."""
+  try:
+    steps.make_step(llava.Llava(config), Recipe(stage='voco'))
+    return 'built'
+  except ConfigError as e:
+    return str(e)
+
+
+# ------------------------------------------------------------------- probes
+
+PLAIN = helpers.tiny()
+VOCO_MODEL = helpers.voco_config(2)
+ATP = helpers.atp_config()
+FIXED = helpers.atp_config(selector='uniform', fixed_counts=(8, 4, 2))
+POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
+
+# field -> (base, changed value, what it changes)
+PROBES = {
+    VisionConfig: {
+        'model_type': (PLAIN, None, None),  # a test of its own below
+        'image_size': (PLAIN, 12, tower),
+        'patch_size': (PLAIN, 12, tower),
+        'hidden_size': (PLAIN, 16, shapes),
+        'intermediate_size': (PLAIN, 40, tower),
+        'num_hidden_layers': (PLAIN, 4, tower),
+        'num_attention_heads': (PLAIN, 2, tower_output),
+        'layer_norm_eps': (PLAIN, 0.5, tower_output),
+        'hidden_act': (PLAIN, 'gelu', tower_output)},
+    TextConfig: {
+        'vocab_size': (PLAIN, 97, shapes),
+        'hidden_size': (PLAIN, 64, shapes),
+        'intermediate_size': (PLAIN, 50, shapes),
+        'num_hidden_layers': (PLAIN, 5, shapes),
+        'num_attention_heads': (PLAIN, 8, shapes),
+        'num_key_value_heads': (PLAIN, 4, shapes),
+        'head_dim': (PLAIN, 16, shapes),
+        'rms_norm_eps': (PLAIN, 0.1, logits),
+        'rope_theta': (PLAIN, 100.0, logits),
+        'attention_bias': (PLAIN, True, shapes),
+        'tie_word_embeddings': (PLAIN, True, shapes),
+        'max_position_embeddings': (PLAIN, 20, row),
+        'initializer_range': (PLAIN, 0.3, initial_values)},
+    VocoConfig: {
+        'num_voco_tokens': (VOCO_MODEL, 3, voco_costs),
+        'distinct_rows': (VOCO_MODEL, True, shapes),
+        'text_sees_prefix': (VOCO_MODEL, True, logits),
+        'distill_weight': (VOCO_MODEL, 1.0, step_of_stage)},
+    AtpConfig: {
+        'prune_after': (ATP, (1, 3), shapes),
+        'selector': (FIXED, 'fixed', logits),
+        'fixed_counts': (FIXED, (8, 4, 1), logits),
+        'scores': (ATP, 'self', logits),
+        'score_norm': (ATP, 'rank', logits),
+        'fair_share': (ATP, 'queries', logits),
+        'criteria': (ATP, 'redundant', logits),
+        'sap_strides': (ATP, (2,), logits),
+        'sap_lambda': (ATP, 1.0, logits),
+        'threshold_hidden_size': (ATP, 64, shapes),
+        'init_theta_r': (ATP, 0.3, first_thresholds),
+        'init_theta_s': (ATP, 0.7, first_thresholds),
+        'straight_through': (ATP, True, soft_mask),
+        'target_tokens': (ATP, 9.0, budget),
+        'lambda_atp': (ATP, 0.5, budget),
+        'lambda_target': (ATP, 0.5, budget),
+        'temperature_start': (ATP, 5.0, temperatures),
+        'temperature_end': (ATP, 50.0, temperatures),
+        'threshold_shift': (ATP, 0.5, default_shift)},
+    LlavaConfig: {
+        'vision': (PLAIN, None, None),  # their own fields above
+        'text': (PLAIN, None, None),
+        'vision_feature_layer': (PLAIN, -1, tower_output),
+        'vision_feature_select_strategy': (PLAIN, 'full', tower),
+        'projector_hidden_act': (PLAIN, 'gelu_tanh', logits),
+        'image_token_index': (VOCO_MODEL, -300, row),
+        'voco_token_index': (VOCO_MODEL, 300, row),
+        'voco': (PLAIN, VocoConfig(), shapes),
+        'atp': (PLAIN, AtpConfig(prune_after=(1,), target_tokens=8.0), shapes),
+        'resampler': (POOLED, 'avg_pool_linear', shapes),
+        'num_query_tokens': (helpers.tiny(resampler='qformer',
+                                          num_query_tokens=4), 2, shapes),
+        'dtype': (PLAIN, 'bfloat16', dtypes),
+        'param_dtype': (PLAIN, 'bfloat16', shapes),
+        'remat': (PLAIN, True, recomputes)},
+}
+_PART = {VisionConfig: 'vision', TextConfig: 'text', VocoConfig: 'voco',
+         AtpConfig: 'atp'}
+
+
+def _seen(look, config):
+  try:
+    return look(config)
+  except ConfigError as e:
+    return str(e)
+
+
+def _differs(a, b):
+  if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+    return a.shape != b.shape or np.abs(a - b).max() > 1e-6
+  return a != b
+
+
+@pytest.mark.parametrize('cls,name', [
+    (cls, field.name) for cls in PROBES for field in dataclasses.fields(cls)])
+def test_every_field_changes_something(cls, name):
+  assert name in PROBES[cls], f'{cls.__name__}.{name} has no probe: who reads it?'
+  base, value, look = PROBES[cls][name]
+  if look is None:
+    return
+  change = {name: value}
+  if cls is not LlavaConfig:
+    part = _PART[cls]
+    change = {part: dataclasses.replace(getattr(base, part), **change)}
+  changed = dataclasses.replace(base, **change)
+  assert changed != base
+  assert _differs(_seen(look, base), _seen(look, changed))
+
+
+def test_probes_name_no_field_that_is_gone():
+  for cls, probes in (*PROBES.items(), (Recipe, RECIPE_PROBES)):
+    assert set(probes) == {f.name for f in dataclasses.fields(cls)}
+
+
+def test_model_type_chooses_the_tower():
+  lite = config_lib.efficientnet_lite0(128)
+  assert lite.grid_size == 8 and lite.hidden_size == 112
+  config = helpers.tiny(vision=lite)
+  assert config.num_visual_tokens == 64
+  assert shapes(config) != shapes(PLAIN)
+  clip = VisionConfig(image_size=128, patch_size=16, hidden_size=112,
+                      num_attention_heads=4)
+  assert (efficiency.vision_flops(config) !=
+          efficiency.vision_flops(helpers.tiny(vision=clip)))
+
+
+# ------------------------------------------------------------------- recipe
+
+RECIPE = Recipe(steps=10, warmup_steps=2)
+
+
+def _rates(recipe):
+  rate = optimizer.schedule(recipe)
+  return [float(rate(i)) for i in range(12)]
+
+
+def _updates(recipe):
+  """Two updates of a parameter by a large and a small gradient."""
+  adam = optimizer.make_optimizer(recipe)
+  params = {'w': jnp.array([1.0, -2.0])}
+  state, out = adam.init(params), []
+  for grad in (jnp.array([30.0, 4.0]), jnp.array([0.01, 0.02]),
+               jnp.array([0.02, -0.01])):
+    update, state = adam.update({'w': grad}, state, params)
+    out.append(update['w'])
+  return np.stack(out)
+
+
+def _trainable(recipe):
+  return sorted(optimizer.split({'a': {'x': 1}, 'b': {'y': 2}},
+                                recipe.trainable)[0])
+
+
+def _stage_step(recipe):
+  try:
+    steps.make_step(llava.Llava(PLAIN), recipe)
+    return 'built'
+  except ConfigError as e:
+    return str(e)
+
+
+def _fresh_params(recipe):
+  params = start_params(llava.Llava(PLAIN), recipe.seed, None)
+  return np.asarray(params['language_model']['lm_head']['kernel'])
+
+
+def _refusal(recipe):
+  with pytest.raises(ConfigError) as e:
+    fit(llava.Llava(PLAIN), recipe, iter(()), pathlib.Path('nowhere'))
+  return str(e.value)
+
+
+RECIPE_PROBES = {
+    'stage': ('voco', _stage_step), 'steps': (12, _rates),
+    'batch_size': (3, _refusal), 'learning_rate': (1e-3, _rates),
+    'warmup_steps': (3, _rates), 'final_learning_rate': (1e-4, _rates),
+    'b2': (0.9, _updates), 'weight_decay': (0.5, _updates),
+    'clip_norm': (0.01, _updates), 'trainable': (('a/',), _trainable),
+    'seed': (1, _fresh_params), 'teacher': ('self', _stage_step),
+    # what is written when: tests/train/test_loop.py
+    'log_steps': (3, None), 'checkpoint_steps': (3, None)}
+
+
+@pytest.mark.parametrize(
+    'name', [field.name for field in dataclasses.fields(Recipe)])
+def test_every_recipe_field_changes_something(name):
+  assert name in RECIPE_PROBES, f'Recipe.{name} has no probe: who reads it?'
+  value, look = RECIPE_PROBES[name]
+  if look is None:
+    return
+  base = dataclasses.replace(RECIPE, batch_size=2 if name == 'batch_size'
+                             else RECIPE.batch_size)
+  changed = dataclasses.replace(base, **{name: value})
+  assert _differs(look(base), look(changed))
+
+
+# ------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize('make,parts', [
+    (lambda: config_lib.from_dict({'text': {'hidden_sise': 4}}),
+     ['hidden_sise', 'TextConfig', 'hidden_size']),
+    (lambda: config_lib.from_dict({'tekst': {}}), ['tekst', 'LlavaConfig']),
+    (lambda: config_lib.preset('huge'), ['huge', 'tiny']),
+    # tiny, first module after 1 of 4 layers: (16 + 3) / 4
+    (lambda: helpers.atp_config(target_tokens=4.0),
+     ['target_tokens=4', 'floor 4.75', 'prune earlier']),
+    (lambda: helpers.atp_config(target_tokens=17.0), ['target_tokens=17', '16']),
+    (lambda: helpers.atp_config(prune_after=(1, 4)), ['prune_after', '4 layers']),
+    (lambda: AtpConfig(prune_after=(4, 4)), ['prune_after=(4, 4)']),
+    (lambda: AtpConfig(prune_after=(0, 4)), ['prune_after=(0, 4)']),
+    (lambda: AtpConfig(prune_after=()), ['prune_after=()']),
+    (lambda: AtpConfig(selector='best'), ['selector', 'best', 'adaptive']),
+    (lambda: AtpConfig(scores='text'), ['scores', 'text', 'cross']),
+    (lambda: AtpConfig(score_norm='z'), ['score_norm', 'minmax']),
+    (lambda: AtpConfig(criteria='all'), ['criteria', 'spatial']),
+    (lambda: AtpConfig(fixed_counts=(1, 1, 1)), ['fixed_counts', 'adaptive']),
+    (lambda: AtpConfig(selector='random'), ['fixed_counts', 'random']),
+    (lambda: AtpConfig(selector='fixed', fixed_counts=(1, 2, 3)),
+     ['must not increase']),
+    (lambda: helpers.atp_config(selector='fixed', fixed_counts=(17, 2, 1)),
+     ['(17, 2, 1)', '16']),
+    (lambda: AtpConfig(init_theta_r=1.0), ['init_theta_r=1.0']),
+    (lambda: AtpConfig(init_theta_s=0.0), ['init_theta_s=0.0']),
+    (lambda: AtpConfig(temperature_start=0.0), ['temperature_start']),
+    (lambda: AtpConfig(temperature_start=9.0, temperature_end=8.0),
+     ['temperature_end']),
+    (lambda: VocoConfig(0), ['num_voco_tokens=0']),
+    (lambda: VocoConfig(distill_weight=-1.0), ['distill_weight=-1.0']),
+    (lambda: TextConfig(hidden_size=100), ['hidden_size=100', '32', 'head_dim']),
+    (lambda: TextConfig(head_dim=3), ['head_dim=3']),
+    (lambda: TextConfig(num_key_value_heads=5), ['num_key_value_heads=5']),
+    (lambda: VisionConfig(image_size=100), ['image_size=100', 'patch_size=14']),
+    (lambda: VisionConfig(model_type='vit'), ["'vit'", 'clip_vision_model']),
+    (lambda: VisionConfig(hidden_act='relu'), ['relu', 'quick_gelu']),
+    (lambda: VisionConfig(num_attention_heads=3), ['num_attention_heads=3']),
+    (lambda: VisionConfig(model_type='efficientnet_lite0'), ['patch_size=16']),
+    (lambda: helpers.tiny(voco=VocoConfig(), atp=ATP.atp),
+     ['voco and atp', 'one']),
+    (lambda: helpers.tiny(resampler='avg_pool'), ['num_query_tokens']),
+    (lambda: helpers.tiny(num_query_tokens=3), ['num_query_tokens']),
+    (lambda: helpers.tiny(resampler='mean', num_query_tokens=3), ["'mean'"]),
+    (lambda: helpers.tiny(atp=ATP.atp, resampler='avg_pool',
+                          num_query_tokens=4), ['resampler="none"']),
+    (lambda: helpers.tiny(vision_feature_select_strategy='cls'), ['full']),
+    (lambda: helpers.tiny(atp=ATP.atp, vision_feature_select_strategy='full'),
+     ['class token']),
+    (lambda: helpers.tiny(projector_hidden_act='relu'), ['relu', 'gelu']),
+    (lambda: helpers.tiny(dtype='float16'), ['dtype', 'bfloat16']),
+    (lambda: Recipe(stage='rl'), ["'rl'", 'instruct']),
+    (lambda: Recipe(teacher='big'), ["'big'", 'frozen']),
+    (lambda: Recipe(steps=0), ['train.steps']),
+    (lambda: Recipe(steps=5, warmup_steps=5), ['warmup_steps=5', 'steps=5'])])
+def test_errors_name_field_and_remedy_in_one_line(make, parts):
+  with pytest.raises(ConfigError) as e:
+    make()
+  for part in parts:
+    assert part in str(e.value), str(e.value)
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('config', [
+    PLAIN, VOCO_MODEL, ATP, FIXED, POOLED, config_lib.preset('llava_1_5_7b'),
+    config_lib.preset('llava_1_5_13b')])
+def test_dict_and_back(config):
+  values = json.loads(json.dumps(config_lib.to_dict(config)))
+  assert config_lib.from_dict(values) == config
+
+
+def test_floor_and_placement_of_the_paper():
+  config = LlavaConfig(atp=AtpConfig())
+  assert config_lib.token_floor(config) == (4 * 576 + 28) / 32  # 72.875
+  assert config_lib.prune_after_for(32) == (4, 14, 24)
+  for depth in range(2, 41):
+    placed = config_lib.prune_after_for(depth)
+    assert placed and placed[0] >= 1 and placed[-1] < depth
+    assert len(set(placed)) == len(placed)
