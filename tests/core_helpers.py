@@ -74,8 +74,8 @@ def build(config, seed: int = 0, unroll: int = 1):
         rng.normal(0.0, 0.04, kernel.shape), kernel.dtype)
   # Scores move towards the mean as pruning goes on; later modules ask for more.
   bias = flat['atp/redundancy/bias']
-  flat['atp/redundancy/bias'] = bias + 0.12 * jax.numpy.arange(
-      bias.shape[0], dtype=bias.dtype)[:, None]
+  flat['atp/redundancy/bias'] = bias + jax.numpy.linspace(
+      0.0, 0.24, len(bias), dtype=bias.dtype)[:, None]
   return model, flax.traverse_util.unflatten_dict(flat, sep='/')
 
 

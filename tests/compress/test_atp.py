@@ -28,6 +28,8 @@ def _heads(config=CONFIG, seed=0):
   draw = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32)
   for name in ('redundancy', 'spatial'):
     heads[name] = {**heads[name], 'kernel': draw(heads[name]['kernel'])}
+  bias = heads['redundancy']['bias']  # the second module asks for more
+  heads['redundancy']['bias'] = bias + jnp.array([[0.0], [0.3]])
   return heads
 
 

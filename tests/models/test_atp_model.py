@@ -200,7 +200,7 @@ def test_soft_masks_do_not_depend_on_the_batch_or_the_padding_side():
 def test_any_placement(prune_after):
   config = helpers.atp_config(prune_after=prune_after, target_tokens=16.0)
   batch = _batch()
-  _, out = _run(config, batch, threshold_shift=jnp.float32(0.1))
+  _, out = _run(config, batch)
   counts = np.asarray(out.entering).sum(-1)[:, batch.image_valid]
   for layer in range(1, 4):
     change = counts[layer] - counts[layer - 1]

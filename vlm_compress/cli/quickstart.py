@@ -29,7 +29,7 @@ from vlm_compress.cli.stage import Stage, bridge, run_stage
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
 from vlm_compress.convert.files import load_config, load_params
 from vlm_compress.eval.evaluator import Method, questions_of
-from vlm_compress.eval.report import print_table, write_report
+from vlm_compress.eval.report import print_table, write_figures, write_report
 from vlm_compress.train.checkpoint import claim_workdir
 
 SHIPPED = pathlib.Path(vlm_compress.__file__).parent / 'checkpoints' / 'quickstart'
@@ -98,6 +98,7 @@ def main(argv: list[str]) -> int:
   run('atp', base)
   report = evaluate(models, train, test, work, args.seed, seconds, say)
   paths = write_report(report, work)
+  write_figures(report, work)
   print_table(report['rows'])
   print(f'report: {paths["html"]}')
   return 0

@@ -72,6 +72,47 @@ def write_report(report: Mapping[str, Any], workdir: str | os.PathLike[str], *,
   return paths
 
 
+def write_figures(report: Mapping[str, Any],
+                  workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """accuracy.png and keep_maps.png: the figures of a README.
+
+  Args:
+    report: as write_report takes it.
+    workdir: an existing directory.
+
+  Returns:
+    The files written; keep_maps.png only where an example has keep maps.
+  """
+  folder, written = pathlib.Path(workdir), []
+  parts = tables.sections(report['rows'])
+  figures_by_name = {'accuracy.png': accuracy_png(parts)}
+  mapped = [e for e in report.get('examples') or () if e.get('keep_maps')]
+  if mapped:
+    figures_by_name['keep_maps.png'] = _keep_map_rows(
+        mapped[:3], module_labels(report))
+  for name, png in figures_by_name.items():
+    (folder / name).write_bytes(png)
+    written.append(folder / name)
+  return written
+
+
+def _keep_map_rows(examples: Sequence[Mapping[str, Any]],
+                   labels: Sequence[str]) -> bytes:
+  """Several examples below each other, the first method of each."""
+  columns = 1 + max(len(next(iter(e['keep_maps'].values())))
+                    for e in examples)
+  figure = _new_figure(1.8 * columns, 2.35 * len(examples))
+  grid = figure.subplots(len(examples), columns, squeeze=False)
+  for index, (axes, example) in enumerate(zip(grid, examples)):
+    method, maps = next(iter(example['keep_maps'].items()))
+    image = _decode_image(example['image_png_base64'], index)
+    figures.draw_keep_maps(axes, image, maps, _named(labels, len(maps)),
+                           (example.get('thresholds') or {}).get(method))
+    axes[0].set_title(f'{example["question"]}\n'
+                      f'{example["predictions"][method]}', fontsize=8)
+  return _png(figure)
+
+
 def module_labels(report: Mapping[str, Any]) -> list[str]:
   """'after layer 4', ... from the first prune_after in the config, else []."""
   stack = [report.get('config') or {}]
