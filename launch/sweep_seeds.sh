@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a config for several seeds on this machine, one after the other.
+# Runs the study for several seeds on this machine, one after the other.
 #
 #   launch/sweep_seeds.sh [--dry-run] WORKDIR [CONFIG] [SEED...]
 #
-#   WORKDIR  gets one folder per seed: WORKDIR/seed_0, ...
+#   WORKDIR  gets one folder per seed (WORKDIR/seed0, ...) and the report
 #   CONFIG   default configs/study.py
 #   SEED     default 0 1 2
 #
@@ -41,6 +41,6 @@ run() {
 }
 
 for seed in "${seeds[@]}"; do
-  run vlm-compress train "--config=$config" "--config.seed=$seed" \
-    "--workdir=$workdir/seed_$seed"
+  run vlm-compress study "--config=$config" "--seeds" "$seed" --allow-partial \
+    "--workdir=$workdir"
 done

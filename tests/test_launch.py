@@ -144,9 +144,8 @@ def test_sweep_runs_the_seeds_it_is_given(launch):
   done, commands = launch('sweep_seeds.sh', 'runs', 'configs/a.py', '3', '5')
   assert done.returncode == 0
   assert commands == [
-      ['vlm-compress', 'train', '--config=configs/a.py',
-       f'--config.seed={seed}', f'--workdir=runs/seed_{seed}']
-      for seed in (3, 5)]
+      ['vlm-compress', 'study', '--config=configs/a.py', '--seeds', seed,
+       '--allow-partial', '--workdir=runs'] for seed in ('3', '5')]
 
 
 def test_sweep_refuses_a_seed_that_is_no_number(launch):

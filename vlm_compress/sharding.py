@@ -122,3 +122,8 @@ def _divides(size: int, axes: Any, mesh: Mesh) -> bool:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Sharding of an array whose first axis is the batch."""
   return NamedSharding(mesh, partition_spec(('batch',)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())

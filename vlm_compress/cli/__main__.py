@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import sys
 
 import vlm_compress
@@ -18,6 +19,7 @@ from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+MOST_CORES = 8
 
 # Top-level module -> (package to install, extra of setup.py that has it).
 EXTRAS = {
@@ -80,6 +82,21 @@ def usage() -> str:
       '       vlm-compress <command> --help',
       '       vlm-compress --help | --version',
       '', 'commands:', *lines])
+
+
+def use_all_cores() -> None:
+  """Makes every core of a machine without accelerator a device of the mesh.
+
+  XLA's CPU backend runs much of a small program on one thread; data parallel
+  over two devices, the quickstart's steps take about 0.8 of the time.  Must
+  run before jax is imported.  A setting of the user's is left alone.
+  """
+  flags, name = os.environ.get('XLA_FLAGS', ''), 'xla_force_host_platform_device_count'
+  cores = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+              else os.cpu_count() or 1, MOST_CORES)
+  if name not in flags:
+    devices = 2 ** (cores.bit_length() - 1)  # batch sizes divide by it
+    os.environ['XLA_FLAGS'] = f'{flags} --{name}={devices}'.strip()
 
 
 def one_line(text: object) -> str:
@@ -188,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
   name, rest = argv[0], argv[1:]
   if name not in COMMANDS:
     return unknown_command(name)
+  use_all_cores()
   try:
     return COMMANDS[name](rest)
   except KeyboardInterrupt:

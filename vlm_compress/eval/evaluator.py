@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from vlm_compress import sharding
 from vlm_compress.config import LlavaConfig
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.rows import RowSpec, layout
@@ -125,7 +126,11 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
                  method.config, method.num_voco_tokens, prompt_only=True)
           for q in questions]
   budgets = [len(tokenizer.encode(q.turn.answer)) + 2 for q in questions]
+  mesh = sharding.make_mesh()
+  shards = sharding.batch_sharding(mesh)
+  batch_size = -(-batch_size // mesh.size) * mesh.size
   run = _compiled(method, tokenizer.eos_id)
+  params = jax.device_put(method.params, sharding.replicated(mesh))
   out: list[Any] = [None] * len(questions)
   console = Console(stderr=True)
   with Progress(console=console, transient=True,
@@ -141,7 +146,9 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
             [np.asarray(features[questions[i].example])[None] for i in padded],
             length=length, num_images=1)
         ids = np.asarray([_row_id(questions[i]) for i in padded], np.int32)
-        result = run(method.params, batch, ids, max(budgets[i] for i in group))
+        batch, ids = jax.device_put((batch, ids), shards)
+        with jax.set_mesh(mesh):
+          result = run(params, batch, ids, max(budgets[i] for i in group))
         for slot, i in enumerate(part):
           out[i] = [np.asarray(x)[slot] for x in result]
         bar.update(task, advance=len(part))

@@ -313,7 +313,8 @@ class Llava(nn.Module):
       kept = jnp.take_along_axis(flat, jnp.maximum(slots, 0), axis=2) > 0.5
       readable = readable & (kept | (slots < 0))
     cache = KVCache(keys=keys, values=out.values, readable=readable,
-                    length=jnp.int32(T), positions=pick(batch.positions) + 1)
+                    length=jnp.int32(T),
+                    positions=pick(batch.read_positions) + 1)
     return self.language_model.logits(at_last), cache, out
 
   def extend(self, tokens: jax.Array, cache: KVCache

@@ -104,7 +104,7 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
     first = int(state.step)
     teacher = params if recipe.teacher == 'frozen' else None
     step_fn = jax.jit(make_step(model, recipe, teacher), donate_argnums=0)
-    last = min(recipe.steps, stop_after or recipe.steps)
+    last = recipe.steps if stop_after is None else min(recipe.steps, stop_after)
     log = MetricLog(workdir, first, recipe.steps, recipe.stage, tensorboard)
     batch_sharding = sharding.batch_sharding(mesh)
     try:
