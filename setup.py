@@ -16,15 +16,14 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r"^__version__ = '([^']+)'",
                     (HERE / 'vlm_compress/__init__.py').read_text(),
                     re.MULTILINE).group(1)
-# The wheel without GPU code is a third of the size and exists only here.
+# The wheel without GPU code is smaller and exists only here.
 LINUX_X86 = 'platform_system == "Linux" and platform_machine == "x86_64"'
 ELSEWHERE = 'platform_system != "Linux" or platform_machine != "x86_64"'
 
 CORE = [
-    'absl-py>=2.5',            # flags of `--config=file.py --config.field=v`
-    'array-record>=0.8',       # record files of the data sets
+    'absl-py>=2.5',            # TFDS logs with it; one of its lines is silenced
+    'array-record>=0.8',       # record files of the data sets; TFDS imports it
     'clu>=0.0.12',             # metrics and their writers
-    'etils[epath]>=1.15',      # one path type for disks and gs:// buckets
     'flax>=0.12',              # Linen modules
     'grain>=0.2.18',           # input pipeline: shuffled, sharded, resumable
     'jax>=0.10',               # everything
@@ -58,6 +57,7 @@ NOTEBOOKS = [
 
 TEST = DEMO + NOTEBOOKS + [
     'pytest>=9.2',             # test runner
+    'pytest-xdist>=3.6',       # one process per core: tests are compile-bound
     'ruff>=0.17',              # linter
 ]
 

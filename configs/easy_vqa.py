@@ -6,8 +6,7 @@ Command:   vlm-compress train --config=configs/easy_vqa.py:full \
              --checkpoint=easy_vqa/full/model --data-root=easy_vqa
            voco1 and atp start from it: --config.init_from=easy_vqa/full/model
 Hardware:  2 CPU cores.
-Expected:  not run to the end yet.  Floors of the split: most frequent answer
-           37.3 %, question only 67.0 %.
+Expected:  not run to the end yet.
 
 One shape per picture makes compression nearly trivial here; the numbers of
 interest are those of openmoji_grid.

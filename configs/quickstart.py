@@ -1,7 +1,7 @@
 """The stages of the quickstart: align, instruct, voco8, voco1, atp.
 
   vlm-compress train --config=configs/quickstart.py:voco8 \
-    --config.init_from=quickstart/base --workdir=quickstart/voco8
+    --config.init_from=vlm_compress/checkpoints/quickstart --workdir=runs/voco8
 
 The page itself is vlm_compress/cli/quickstart_config.py, because an installed
 package has no configs directory.

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Creates a TPU VM pod slice.
+# Creates a TPU VM.
 #
 #   launch/tpu_create.sh [--dry-run] NAME ZONE [TYPE] [RUNTIME]
 #
 #   NAME     of the TPU VM, chosen by you
 #   ZONE     such as us-west4-a
-#   TYPE     accelerator type (default v5litepod-16: 16 chips, 4 hosts)
+#   TYPE     accelerator type (default v5litepod-8: 8 chips, one host;
+#            tpu_run.sh needs a type of one host)
 #   RUNTIME  software version of the TPU VM (default v2-alpha-tpuv5-lite)
 #
 # Needs gcloud with a project set.  A TPU costs money until it is deleted:
@@ -26,7 +27,7 @@ fi
 
 name=$1
 zone=$2
-type=${3:-v5litepod-16}
+type=${3:-v5litepod-8}
 runtime=${4:-v2-alpha-tpuv5-lite}
 
 run() {

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Runs `vlm-compress train` on all workers of a TPU VM.
+# Runs `vlm-compress train` on a TPU VM of one host, and copies the result.
 #
-#   launch/tpu_run.sh [--dry-run] NAME ZONE CONFIG WORKDIR [FLAG...]
+#   launch/tpu_run.sh [--dry-run] NAME ZONE CONFIG WORKDIR BUCKET [FLAG...]
 #
-#   CONFIG   a config of the repository, such as configs/study.py:atp
-#   WORKDIR  gs://bucket/folder, which all workers share; training resumes
-#            from what is there, so after a preemption run this again
-#   FLAG     more flags of train, such as --config.seed=1
+#   CONFIG   a config of the repository, such as configs/quickstart.py:instruct
+#   WORKDIR  folder on the VM's disk, below the home directory, such as runs/a;
+#            training resumes from what is there when this is run again
+#   BUCKET   gs://bucket/folder; WORKDIR's last folder is copied into it
+#   FLAG     more flags of train, such as --config.train.seed=1
+#
+# All chips of the host are used.  A slice of several hosts is not supported.
 set -euo pipefail
 
 usage() {
@@ -19,16 +22,17 @@ if [[ ${1-} == --dry-run ]]; then
   dry_run=true
   shift
 fi
-(($# >= 4)) || usage
+(($# >= 5)) || usage
 
-name=$1
-zone=$2
-config=$3
-workdir=$4
-shift 4
+name=$1 zone=$2 config=$3 workdir=$4 bucket=$5
+shift 5
 
-if [[ $workdir != gs://* ]]; then
-  echo "error: WORKDIR $workdir is on one disk; the workers need gs://..." >&2
+if [[ $workdir == *:* || $workdir == /* ]]; then
+  echo "error: WORKDIR $workdir: name a folder below the VM's home" >&2
+  exit 2
+fi
+if [[ $bucket != gs://* ]]; then
+  echo "error: BUCKET $bucket: name it gs://bucket/folder" >&2
   exit 2
 fi
 
@@ -38,9 +42,10 @@ run() {
   $dry_run || "$@"
 }
 
-# Quoted once for the shell of the workers.
+# Quoted once for the shell of the VM; run from the repository's root there.
 printf -v train '%q ' ../vlm_env/bin/vlm-compress train \
-  "--config=$config" "--workdir=$workdir" "$@"
+  "--config=$config" "--workdir=../$workdir" "$@"
+printf -v copy '%q ' gcloud storage cp -r "../$workdir" "${bucket%/}/"
 
-run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
-  --command="cd vlm_compress && $train"
+run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 \
+  --command="cd vlm_compress && $train && $copy"

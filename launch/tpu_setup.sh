@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the committed state of this repository on all workers of a TPU VM.
+# Installs the committed state of this repository on a TPU VM, on all hosts.
 #
 #   launch/tpu_setup.sh [--dry-run] NAME ZONE
 #

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import core_helpers as helpers
@@ -57,6 +58,7 @@ POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
     (lambda: VocoConfig(distill_weight=-1.0), ['distill_weight=-1.0']),
     (lambda: TextConfig(hidden_size=100), ['hidden_size=100', '32', 'head_dim']),
     (lambda: TextConfig(head_dim=3), ['head_dim=3']),
+    (lambda: TextConfig(head_dim=-2), ['head_dim=-2']),
     (lambda: TextConfig(num_key_value_heads=5), ['num_key_value_heads=5']),
     (lambda: VisionConfig(image_size=100), ['image_size=100', 'patch_size=14']),
     (lambda: VisionConfig(model_type='vit'), ["'vit'", 'clip_vision_model']),
@@ -78,6 +80,7 @@ POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
     (lambda: Recipe(stage='rl'), ["'rl'", 'instruct']),
     (lambda: Recipe(teacher='big'), ["'big'", 'frozen']),
     (lambda: Recipe(steps=0), ['train.steps']),
+    (lambda: Recipe(seed=-1), ['train.seed=-1']),
     (lambda: Recipe(steps=5, warmup_steps=5), ['warmup_steps=5', 'steps=5'])])
 def test_errors_name_field_and_remedy_in_one_line(make, parts):
   with pytest.raises(ConfigError) as e:
@@ -93,6 +96,22 @@ def test_errors_name_field_and_remedy_in_one_line(make, parts):
 def test_dict_and_back(config):
   values = json.loads(json.dumps(config_lib.to_dict(config)))
   assert config_lib.from_dict(values) == config
+
+
+def test_efficientnet_lite0_has_its_own_sizes():
+  lite = config_lib.efficientnet_lite0(128)
+  assert lite.grid_size == 8 and lite.hidden_size == 112
+  assert helpers.tiny(vision=lite).num_visual_tokens == 64
+
+
+def test_head_size_follows_the_hidden_size_unless_it_is_given():
+  text = PLAIN.text
+  assert (text.hidden_size, text.num_attention_heads) == (32, 4)
+  assert text.size_per_head == 8
+  assert dataclasses.replace(text, head_dim=8) == text
+  assert dataclasses.replace(text, hidden_size=64).size_per_head == 16
+  given = dataclasses.replace(text, head_dim=10)
+  assert dataclasses.replace(given, hidden_size=64).size_per_head == 10
 
 
 def test_floor_and_placement_of_the_paper():

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
 
 import pytest
 
+from vlm_compress.cli import study
+from vlm_compress.cli.train import load_module, load_page, override
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / 'launch').glob('*.sh'))
 ARGUMENTS = {
-    'tpu_create.sh': ['pod', 'zone-a'],
-    'tpu_setup.sh': ['pod', 'zone-a'],
-    'tpu_run.sh': ['pod', 'zone-a', 'configs/study.py:atp', 'gs://b/w',
-                   '--config.seed=1'],
+    'tpu_create.sh': ['vm', 'zone-a'],
+    'tpu_setup.sh': ['vm', 'zone-a'],
+    'tpu_run.sh': ['vm', 'zone-a', 'configs/quickstart.py:instruct', 'runs/a',
+                   'gs://b/w', '--config.train.seed=1'],
     'sweep_seeds.sh': ['runs'],
 }
 pytestmark = pytest.mark.skipif(shutil.which('bash') is None,
@@ -99,33 +103,40 @@ def test_without_arguments_the_usage_is_shown(script, launch):
 
 
 def test_create_passes_type_and_runtime(launch):
-  _, commands = launch('tpu_create.sh', 'pod', 'z', 'v6e-64', 'image')
-  assert commands == [['gcloud', 'compute', 'tpus', 'tpu-vm', 'create', 'pod',
-                       '--zone=z', '--accelerator-type=v6e-64',
+  _, commands = launch('tpu_create.sh', 'vm', 'z', 'v6e-4', 'image')
+  assert commands == [['gcloud', 'compute', 'tpus', 'tpu-vm', 'create', 'vm',
+                       '--zone=z', '--accelerator-type=v6e-4',
                        '--version=image']]
 
 
-def test_run_trains_on_all_workers_with_quoted_arguments(launch):
-  _, commands = launch('tpu_run.sh', 'pod', 'z', 'configs/a.py:tiny', 'gs://b/w',
-                       '--config.atp.prune_after=(2, 4)')
+def test_run_trains_on_one_host_and_copies_the_result(launch):
+  _, commands = launch('tpu_run.sh', 'vm', 'z', 'configs/a.py:tiny', 'runs/a b',
+                       'gs://b/w/', '--config.atp.prune_after=(2, 4)')
   (command,) = commands
-  assert '--worker=all' in command
+  assert '--worker=0' in command
   remote = command[-1].removeprefix('--command=')
-  change, _, train = remote.partition(' && ')
+  change, train, copy = remote.split(' && ')
   assert change == 'cd vlm_compress'
-  assert shlex.split(train)[1:] == [
-      'train', '--config=configs/a.py:tiny', '--workdir=gs://b/w',
-      '--config.atp.prune_after=(2, 4)']
+  assert shlex.split(train) == [
+      '../vlm_env/bin/vlm-compress', 'train', '--config=configs/a.py:tiny',
+      '--workdir=../runs/a b', '--config.atp.prune_after=(2, 4)']
+  assert shlex.split(copy) == ['gcloud', 'storage', 'cp', '-r', '../runs/a b',
+                               'gs://b/w/']
 
 
-def test_run_refuses_a_workdir_that_workers_do_not_share(launch):
-  done, commands = launch('tpu_run.sh', 'pod', 'z', 'configs/a.py', 'runs/x')
+@pytest.mark.parametrize('workdir, bucket, wrong', [
+    ('gs://b/w', 'gs://b/w', 'gs://b/w'), ('/runs', 'gs://b/w', '/runs'),
+    ('runs/x', 'b/w', 'b/w')])
+def test_run_refuses_a_remote_workdir_and_a_local_bucket(workdir, bucket, wrong,
+                                                         launch):
+  done, commands = launch('tpu_run.sh', 'vm', 'z', 'configs/a.py', workdir,
+                          bucket)
   assert done.returncode == 2 and commands == []
-  assert 'runs/x' in done.stderr and done.stderr.count('\n') == 1
+  assert wrong in done.stderr and done.stderr.count('\n') == 1
 
 
 def test_what_workers_run_at_setup_is_valid_shell(launch):
-  done, _ = launch('tpu_setup.sh', '--dry-run', 'pod', 'z')
+  done, _ = launch('tpu_setup.sh', '--dry-run', 'vm', 'z')
   # shlex does not know bash's $'...', bash does.
   printed = subprocess.run(
       ['bash', '-c', f'set -- {done.stdout.splitlines()[-1]}; '
@@ -136,7 +147,7 @@ def test_what_workers_run_at_setup_is_valid_shell(launch):
 
 
 def test_setup_leaves_nothing_behind(launch, tmp_path):
-  launch('tpu_setup.sh', '--dry-run', 'pod', 'z')
+  launch('tpu_setup.sh', '--dry-run', 'vm', 'z')
   assert {p.name for p in tmp_path.iterdir()} <= {'gcloud', 'vlm-compress'}
 
 
@@ -152,3 +163,32 @@ def test_sweep_refuses_a_seed_that_is_no_number(launch):
   done, commands = launch('sweep_seeds.sh', 'runs', 'configs/a.py', '1', 'x')
   assert done.returncode == 2 and commands == []
   assert "'x'" in done.stderr
+
+
+# Configs and fields that scripts and README name ---------------------------
+
+PAGE = re.compile(r'configs/\w+\.py(?::\w+)?')
+FIELD = re.compile(r'--config\.[\w.]+=[^\s`\']+')
+NAMED = '\n'.join([
+    *((ROOT / 'launch' / name).read_text() for name in SCRIPTS),
+    (ROOT / 'README.md').read_text(),
+    *(argument for arguments in ARGUMENTS.values() for argument in arguments)])
+
+
+@pytest.mark.parametrize('page', sorted(set(PAGE.findall(NAMED))))
+def test_named_configs_exist(page, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  assert load_page(page).train.steps > 0
+
+
+def test_named_fields_exist():
+  flags = sorted(set(FIELD.findall(NAMED)))
+  assert '--config.train.seed=1' in flags
+  override(load_page(str(ROOT / 'configs/quickstart.py:instruct')), flags)
+
+
+def test_sweep_calls_study_as_it_is(launch):
+  _, (command, *_) = launch('sweep_seeds.sh', *ARGUMENTS['sweep_seeds.sh'])
+  arguments = study.parser().parse_args(command[2:])
+  assert arguments.seeds == [0] and arguments.allow_partial
+  assert load_module(str(ROOT / arguments.config)).PLAN

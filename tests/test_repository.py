@@ -26,7 +26,7 @@ SETUP_COMMANDS = (
     '.venv/bin/pytest',
 )
 EXTRAS = {'demo', 'test', 'parity', 'notebooks', 'tpu-compile', 'dev'}
-LAYOUT = ('config.py', 'sharding.py', 'nn/', 'compress/', 'models/',
+LAYOUT = ('config.py', 'sharding.py', 'atomic.py', 'nn/', 'compress/', 'models/',
           'losses.py', 'decode/', 'convert/', 'data/', 'eval/', 'train/',
           'analysis/', 'cli/', 'configs/', 'launch/', 'tests/', 'notebooks/')
 
@@ -165,12 +165,11 @@ def test_licence_and_attribution():
     assert paper in read('CITATION.cff') and paper in read('README.md')
 
 
-def test_pytest_leaves_slow_and_parity_to_those_who_ask():
+def test_pytest_leaves_parity_to_those_who_ask():
   options = tomllib.loads(read('pyproject.toml'))['tool']['pytest'][
       'ini_options']
-  assert "-m 'not slow and not parity'" in options['addopts']
-  assert {m.partition(':')[0] for m in options['markers']} == {'slow',
-                                                               'parity'}
+  assert "-m 'not parity'" in options['addopts']
+  assert [m.partition(':')[0] for m in options['markers']] == ['parity']
 
 
 def test_ci_runs_what_the_readme_says():

@@ -89,7 +89,8 @@ class TextConfig:
   """A LLaMA-architecture decoder.
 
   Attributes:
-    head_dim: size of a head; 0 means hidden_size // num_attention_heads.
+    head_dim: size of a head; 0 means hidden_size // num_attention_heads, and
+      so does that very number.  Code reads size_per_head.
     attention_bias: q, k, v projections carry a bias.
     initializer_range: std of freshly drawn weights.
     max_position_embeddings: longest row in tokens, visual tokens included.
@@ -109,18 +110,24 @@ class TextConfig:
   initializer_range: float = 0.02
 
   def __post_init__(self):
-    if self.head_dim == 0:
-      check(self.hidden_size % self.num_attention_heads == 0,
-            f'text.hidden_size={self.hidden_size} is no multiple of '
-            f'text.num_attention_heads={self.num_attention_heads}; '
-            'set text.head_dim')
-      object.__setattr__(self, 'head_dim',
-                         self.hidden_size // self.num_attention_heads)
-    check(self.head_dim % 2 == 0,
-          f'text.head_dim={self.head_dim} is odd; RoPE rotates pairs')
+    derived, rest = divmod(self.hidden_size, self.num_attention_heads)
+    check(self.head_dim != 0 or rest == 0,
+          f'text.hidden_size={self.hidden_size} is no multiple of '
+          f'text.num_attention_heads={self.num_attention_heads}; '
+          'set text.head_dim')
+    if self.head_dim == derived and rest == 0:
+      object.__setattr__(self, 'head_dim', 0)  # follows a new hidden_size
+    check(self.size_per_head > 0 and self.size_per_head % 2 == 0,
+          f'text.head_dim={self.size_per_head}: RoPE rotates pairs, so it must '
+          'be even and positive')
     check(self.num_attention_heads % self.num_key_value_heads == 0,
           f'text.num_attention_heads={self.num_attention_heads} is no multiple '
           f'of text.num_key_value_heads={self.num_key_value_heads}')
+
+  @property
+  def size_per_head(self) -> int:
+    """H: numbers per head of queries, keys and values."""
+    return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +306,7 @@ def token_floor(config: LlavaConfig) -> float:
   """Lowest layer-average of visual tokens that a placement can reach.
 
   All P tokens enter every layer up to the first module, and at least one
-  token enters every later layer (methods: "Average tokens" of ATP-LLaVA).
+  token enters every later layer (ATP-LLaVA averages over all layers).
   """
   num_layers = config.text.num_hidden_layers
   first = config.atp.prune_after[0]
@@ -372,8 +379,20 @@ def from_dict(values: dict[str, Any], cls: type = LlavaConfig) -> Any:
   kwargs = {}
   for name, value in values.items():
     if cls is LlavaConfig and name in _NESTED and value is not None:
-      value = from_dict(dict(value), _NESTED[name])
+      check(isinstance(value, dict), f'{name}={value!r}: must be an object')
+      value = from_dict(value, _NESTED[name])
     elif isinstance(value, (list, tuple)):
       value = tuple(value)
+    if name not in _NESTED:
+      _check_type(name, value, getattr(cls, name))
     kwargs[name] = value
   return cls(**kwargs)
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+  """A field has the type of its default; a whole number is a float, too."""
+  kind = type(default)
+  good = type(value) is kind or (kind is float and type(value) is int)
+  if kind is tuple:  # all of them hold numbers of layers, tokens or cells
+    good = good and all(type(v) is int for v in value)
+  check(good, f'{name}={value!r}: must be of type {kind.__name__}')

@@ -142,7 +142,7 @@ def first_layer_attention(loaded, features) -> np.ndarray:
                        loaded.params['language_model']['layers'])
   x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + config.rms_norm_eps)
   x = x * layer['input_layernorm']['weight']
-  T, H = len(x), config.head_dim
+  T, H = len(x), config.size_per_head
   angle = np.arange(T)[:, None] * config.rope_theta ** (
       -np.arange(H // 2) / (H // 2))
   turn = np.exp(1j * angle)[:, None]

@@ -53,7 +53,8 @@ def test_help_lists_every_command_on_one_line(word, capsys):
 
 
 def test_commands_are_the_documented_ones():
-  assert set(cli.COMMANDS) == {'train', 'evaluate', 'generate', 'quickstart'}
+  assert set(cli.COMMANDS) == {'quickstart', 'train', 'evaluate', 'generate',
+                               'study'}
 
 
 def test_without_a_command_the_usage_goes_to_stderr(capsys):
@@ -82,7 +83,7 @@ def test_arguments_of_the_process_are_the_default(command, monkeypatch):
 @pytest.mark.parametrize('word, hint', [
     ('trian', 'did you mean train?'),
     ('quick-start', 'did you mean quickstart?'),
-    ('zzz', 'use one of quickstart, train, evaluate, generate'),
+    ('zzz', 'use one of quickstart, train, evaluate, generate, study'),
 ])
 def test_unknown_command_gets_a_suggestion(word, hint, capsys):
   assert cli.main([word]) == 2
@@ -99,6 +100,11 @@ def test_unknown_command_gets_a_suggestion(word, hint, capsys):
      'w/log: Permission denied'),
     (NotADirectoryError(errno.ENOTDIR, 'Not a directory', 'w/x'),
      'w/x: Not a directory'),
+    (FileExistsError(errno.EEXIST, 'File exists', 'w'),
+     'w is a file where a directory is needed: remove it or name another '
+     'directory'),
+    (OSError(errno.EROFS, 'Read-only file system', 'w/log'),
+     'w/log: Read-only file system'),
 ])
 def test_mistakes_of_the_user_become_one_line(error, line, command, capsys):
   command(error)
@@ -106,11 +112,43 @@ def test_mistakes_of_the_user_become_one_line(error, line, command, capsys):
   assert stderr_line(capsys) == f'error: {line}'
 
 
-def test_refused_flag_becomes_one_line(command, capsys):
-  flags = pytest.importorskip('absl.flags', reason='absl is not installed')
-  command(flags.UnrecognizedFlagError('confg', suggestions=['config']))
-  assert cli.main(['train']) == 2
-  assert 'confg' in stderr_line(capsys)
+@pytest.mark.parametrize('argv, words', [
+    (['train'], ['--config', '--workdir', 'required']),
+    (['train', '--config=no.py', '--workdir=w', '--confg=1'],
+     ['no.py', 'does not exist']),
+    (['evaluate', '--config=x.py'], ['--checkpoint', 'required']),
+    (['evaluate', '--config=x.py', '--checkpoint=c', '--method=vocoo'],
+     ['--method', 'vocoo']),
+    (['evaluate', '--config=x.py', '--checkpoint=c', '--num-voco-tokens=0'],
+     ['--num-voco-tokens', "'0'", '>= 1']),
+    (['evaluate', '--config=x.py', '--checkpoint=c', '--seed=-1'],
+     ['--seed', '>= 0']),
+    (['generate'], ['--image', '--prompt', 'required', '--help']),
+    *[(['generate', '--image=i', '--prompt=p', flag], words) for flag, words in
+      [('--max-new-tokens=0', ['--max-new-tokens', '>= 1']),
+       ('--max-new-tokens=2.5', ["'2.5'", 'a whole number']),
+       ('--top-p=0', ['--top-p', '> 0 and <= 1']),
+       ('--top-p=1.5', ['--top-p', '> 0 and <= 1']),
+       ('--temperature=-1', ['--temperature', '>= 0']),
+       ('--temperature=nan', ['--temperature', "'nan'"]),
+       ('--num-voco-tokens=0', ['--num-voco-tokens', '>= 1']),
+       ('--imag', ['--imag'])]],
+    (['generate', '--image=i', '--prompt=p'],
+     ['quickstart/atp/model', 'config.json']),  # the default checkpoint
+])
+def test_mistakes_in_arguments_are_one_line_without_usage(
+    argv, words, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main(argv) == 2
+  line = stderr_line(capsys)
+  assert 'usage' not in line and all(word in line for word in words), line
+
+
+def test_help_of_a_command_shows_its_usage(capsys):
+  with pytest.raises(SystemExit) as caught:
+    cli.main(['generate', '--help'])
+  assert caught.value.code == 0
+  assert capsys.readouterr().out.startswith('usage: vlm-compress generate')
 
 
 @pytest.mark.parametrize('error, argv, where', [

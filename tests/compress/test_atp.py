@@ -60,7 +60,7 @@ def _run(q, k, mask, inputs):
   """All modules, one after the other, behind the same attention."""
   state = atp.initial_state(inputs)
   for module in range(len(inputs.config.prune_after)):
-    module_mask, bias = atp.attention_bias(state.keep, inputs, mask)
+    module_mask, bias = atp.masked_by_keep(state.keep, inputs, mask)
     state = atp.prune(state, jnp.int32(module), q, k, module_mask, bias,
                       inputs)
   return state
@@ -185,7 +185,7 @@ def test_mask_enters_on_the_key_side_but_for_the_token_itself(hard):
   inputs = _inputs(hard=hard, rows=1, num_images=1)
   keep = jnp.ones((1, 1, P)).at[0, 0, 2].set(0.0 if hard else 0.25)
   causal = jnp.tril(jnp.ones((1, 21, 21), bool))
-  mask, bias = atp.attention_bias(keep, inputs, causal)
+  mask, bias = atp.masked_by_keep(keep, inputs, causal)
   want = np.array(causal)
   if hard:
     want[0, :, 3] = False  # slot 2 stands at position 3
@@ -253,7 +253,7 @@ def test_no_prompt_and_cross_scores_only_still_keeps_a_token():
   q = jnp.ones((2, 21, 4, 8))
   mask = jnp.tril(jnp.ones((2, 21, 21), bool))
   state = atp.initial_state(inputs).replace(keep=keep)
-  mask, bias = atp.attention_bias(keep, inputs, mask)
+  mask, bias = atp.masked_by_keep(keep, inputs, mask)
   after = jax.jit(atp.prune)(state, jnp.int32(1), q, q[:, :, :2], mask, bias,
                              inputs)
   np.testing.assert_array_equal(np.asarray(after.keep).sum(-1), [[1], [1]])

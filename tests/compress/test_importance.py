@@ -145,6 +145,13 @@ def test_early_tokens_do_not_win_by_position(soft):
     assert (np.asarray(by_queries[:, 0]) > 1.1 * by_queries[:, -1]).all()
 
 
+def test_dividing_by_the_queries_favours_the_first_of_64_tokens():
+  """Flat attention: the first of 64 would score 4.7 times the last."""
+  received = np.tril(np.ones((64, 64)) / np.arange(1, 65)[:, None]).sum(0)
+  per_query = received / np.arange(64, 0, -1)
+  assert round(per_query[0] / per_query[-1], 1) == 4.7
+
+
 def test_relative_by_hand():
   score = np.array([1.0, 2.0, 3.0, 9.0], np.float32)
   keep = np.array([1.0, 1.0, 1.0, 0.0], np.float32)

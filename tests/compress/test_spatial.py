@@ -13,7 +13,7 @@ from vlm_compress.compress.spatial import (
 )
 from vlm_compress.config import ConfigError
 
-# Section 3.4: score 1 - 3 / s^2 and number of tokens at stride s of 24.
+# Score 1 - 3 / s^2 and number of tokens at stride s of 24.
 SCORE = {2: 0.25, 3: 0.6667, 4: 0.8125, 6: 0.9167, 8: 0.9531, 12: 0.9792,
          24: 0.9948}
 
@@ -104,26 +104,38 @@ def test_shared_array_is_not_writable():
     uniform_order(4)[0] = 1
 
 
-@pytest.mark.parametrize('grid_size', [3, 4, 8, 24])
-def test_uniform_order_is_a_ranking_and_evenly_spread(grid_size):
+@pytest.mark.parametrize('grid_size', [3, 4, 8, 9, 24])
+def test_uniform_order_holds_the_sampling_grids_and_spreads(grid_size):
   ranks = uniform_order(grid_size)
   assert sorted(ranks) == list(range(grid_size ** 2))
-  order = np.argsort(ranks)
-  points = np.stack(np.divmod(order, grid_size), 1).astype(float)
-  # starts in the middle
-  assert np.abs(points[0] - (grid_size - 1) / 2).max() <= 0.5
-  everything = np.stack(np.divmod(np.arange(grid_size ** 2), grid_size), 1)
-  gaps = []
-  for count in range(4, grid_size ** 2, max(grid_size ** 2 // 12, 1)):
-    kept = points[:count]
-    between = np.linalg.norm(kept[:, None] - kept[None], axis=-1)
-    np.fill_diagonal(between, np.inf)
-    to_kept = np.linalg.norm(everything[:, None] - kept[None], axis=-1).min(1)
-    # farthest-point order: no hole is larger than the closest pair
-    assert to_kept.max() <= between.min() + 1e-9
-    gaps.append(to_kept.max())
-    if count >= 5:  # the middle and four: no quarter is left out
-      half = grid_size / 2
-      quarters = {(r < half, c < half) for r, c in kept}
-      assert len(quarters) == 4
-  assert gaps == sorted(gaps, reverse=True)
+  scores = spatial_scores(grid_size)
+  for stride in default_strides(grid_size):
+    count = (grid_size // stride) ** 2
+    lattice = scores >= np.float32(1 - 3 / stride ** 2)
+    assert lattice.sum() == count
+    np.testing.assert_array_equal(ranks < count, lattice)
+    rows, cols = np.divmod(np.flatnonzero(ranks < count), grid_size)
+    if count > 1:  # equal steps both ways
+      assert set(np.diff(np.unique(rows))) == {stride}
+      assert set(np.diff(np.unique(cols))) == {stride}
+  half = grid_size / 2
+  for count in range(4 if grid_size % 2 == 0 else 9, grid_size ** 2):
+    points = np.stack(np.divmod(np.flatnonzero(ranks < count), grid_size), 1)
+    assert len({(r < half, c < half) for r, c in points}) == 4, count
+
+
+def test_uniform_order_is_farthest_point_inside_a_grid():
+  # 2 x 2 lattice of stride 2 at offset 0 first, then the farthest corner
+  order = np.argsort(uniform_order(4))
+  assert set(order[:4]) == set(np.flatnonzero(
+      spatial_scores(4) >= np.float32(0.25)))
+  points = np.stack(np.divmod(order, 4), 1).astype(float)
+  for count in range(4, 15):
+    gap = np.linalg.norm(points[count:, None] - points[None, :count],
+                         axis=-1).min(1)
+    assert gap[0] == gap.max()
+
+
+def test_uniform_order_of_one_position():
+  assert uniform_order(1).tolist() == [0]
+

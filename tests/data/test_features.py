@@ -54,7 +54,7 @@ def _open(source, encoder, directory, fingerprint='a', **kwargs):
 
 def test_values_order_and_type(source, tmp_path):
   cache, _ = _open(source, _Encoder(), tmp_path / 'new' / 'dir')
-  assert (len(cache), cache.num_tokens, cache.feature_size) == (_NUM, 2, 3)
+  assert len(cache) == _NUM and cache.array.shape == (_NUM, 2, 3)
   assert cache[0].dtype == np.float16
   for i in range(_NUM):
     np.testing.assert_array_equal(cache[i], [[10 * i, 0, 0], [-10 * i, 0, 0]])

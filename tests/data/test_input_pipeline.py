@@ -119,16 +119,6 @@ def test_remainder_is_dropped_or_kept():
   assert len(_rows(_pipeline(num_epochs=1, drop_remainder=False))) == 23
 
 
-def test_sequential_batches():
-  batches = list(input_pipeline.sequential_batches(
-      _Source(), _transform, batch_size=5, seed=3, collate=list, limit=12))
-  assert [len(batch) for batch in batches] == [5, 5, 2]
-  rows = [row for batch in batches for row in batch]
-  assert [index for index, _ in rows] == list(range(12))
-  epoch = dict(_rows(_pipeline(num_epochs=1, drop_remainder=False)))
-  assert all(epoch[index] == value for index, value in rows)
-
-
 def test_error_of_the_source_keeps_its_type():
   class Broken(_Source):
     def __getitem__(self, index):

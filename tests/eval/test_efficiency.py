@@ -81,7 +81,7 @@ def test_paper_convention_is_half_of_dense_without_gqa():
 
 
 def test_atp_reduction_at_144_of_576():
-  # Methods 3.1: 144 on average is roughly 576 / 140 / 70 / 25 per part.
+  # Modules after 4, 14 and 24 of 32: 144 on average is roughly 576 / 140 / 70 / 25 per part.
   visual = [576] * 4 + [140] * 10 + [70] * 10 + [25] * 8
   assert efficiency.layer_average_tokens(visual) == 143.875
   full = efficiency.paper_multiply_adds(SEVEN_B.text, 576)
@@ -247,3 +247,21 @@ def test_voco_elastic_and_images():
 def test_voco_cost_needs_voco():
   with pytest.raises(config_lib.ConfigError, match='voco'):
     efficiency.voco_cost(TINY, 3)
+
+
+def test_resampler_flops_by_hand():
+  text = config_lib.TextConfig(vocab_size=8, hidden_size=6, num_hidden_layers=1,
+                               intermediate_size=6, num_attention_heads=1,
+                               num_key_value_heads=1)
+  vision = config_lib.VisionConfig(image_size=4, patch_size=2, hidden_size=8,
+                                   num_attention_heads=1)
+  make = lambda kind: config_lib.LlavaConfig(
+      vision=vision, text=text, resampler=kind, num_query_tokens=3)
+  # a 6 x 6 matrix on 3 tokens
+  assert efficiency.resampler_flops(make('avg_pool_linear')) == 2 * 3 * 36
+  assert efficiency.resampler_flops(make('avg_pool')) == 0
+  # C = 3 queries, P = 4 tokens, D = 6: four projections and an MLP on queries,
+  # q and o on queries, k and v on tokens, two products per attention
+  layer = (2 * 4 * 3 * 36 + 2 * 2 * 3 * 3 * 6 + 2 * 2 * 3 * 36 +
+           2 * 2 * 4 * 36 + 2 * 2 * 3 * 4 * 6 + 2 * 8 * 3 * 36)
+  assert efficiency.resampler_flops(make('qformer')) == 2 * layer

@@ -310,7 +310,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
   def full_disk(*_):
     raise OSError(28, 'No space left on device')
-  monkeypatch.setattr(report_lib.os, 'replace', full_disk)
+  monkeypatch.setattr('os.replace', full_disk)
   with pytest.raises(OSError, match='No space'):
     report_lib.write_report({'rows': ROWS}, tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ['report.json']

@@ -166,3 +166,10 @@ def test_question_only_floor():
   assert scoring.predict_question_only(
       floor, [' what is at A?', 'what is at C?', 'is there a fox?', 'why?'],
       ['what', 'what', 'is', 'new']) == ['dog', 'cat', 'no', 'cat']
+
+
+def test_word_accuracy_by_hand():
+  assert scoring.word_accuracy('dog cat owl', 'dog bee owl') == 2 / 3
+  assert scoring.word_accuracy('dog', 'dog bee') == 0.5
+  assert scoring.word_accuracy('', 'dog') == 0.0
+  assert scoring.word_accuracy('cat dog', 'dog cat') == 0.0

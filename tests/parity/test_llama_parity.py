@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip(
-    'torch', reason="parity needs torch: pip install 'vlm-compress[parity]'")
+    'torch', reason="parity needs torch: pip install -e '.[parity]'")
 transformers = pytest.importorskip(
     'transformers',
-    reason="parity needs transformers: pip install 'vlm-compress[parity]'")
+    reason="parity needs transformers: pip install -e '.[parity]'")
 
 from test_clip_parity import converted as converted_tower
 
@@ -57,12 +57,11 @@ VARIANTS = {
 
 
 def text_config(variant: str) -> TextConfig:
-  # head_dim is derived once it is set: 0 derives it again.
-  return dataclasses.replace(BASE, **{'head_dim': 0, **VARIANTS[variant]})
+  return dataclasses.replace(BASE, **VARIANTS[variant])
 
 
 def hf_text_config(config: TextConfig):
-  fields = dataclasses.asdict(config)
+  fields = {**dataclasses.asdict(config), 'head_dim': config.size_per_head}
   bias, theta = fields.pop('attention_bias'), fields.pop('rope_theta')
   # Qwen2 is the model with a bias on q, k and v and none on o, as ours.
   make = transformers.Qwen2Config if bias else transformers.LlamaConfig

@@ -255,17 +255,3 @@ def test_intervals_and_event_files(tmp_path):
                 if p.name.isdigit()) == [4, 6]
   events = list((tmp_path / 'tensorboard').glob('events*'))
   assert events and events[0].stat().st_size > 100
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-  path = tmp_path / 'folder' / 'file.txt'
-  checkpoint.write_text(path, 'old')
-  import os
-
-  def full(*_):
-    raise OSError('No space left on device')
-  monkeypatch.setattr(os, 'replace', full)
-  with pytest.raises(OSError):
-    checkpoint.write_text(path, 'new')
-  assert path.read_text() == 'old'
-  assert [p.name for p in path.parent.iterdir()] == ['file.txt']

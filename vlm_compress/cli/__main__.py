@@ -33,8 +33,8 @@ EXTRAS = {
     'libtpu': ('libtpu', 'tpu-compile'),
 }
 
-_USER_ERRORS = (ConfigError, DataError, FileNotFoundError, PermissionError,
-                NotADirectoryError, IsADirectoryError)
+_USER_ERRORS = (ConfigError, DataError, FileNotFoundError, FileExistsError,
+                PermissionError, NotADirectoryError, IsADirectoryError)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_TEXT = 'No space left on device'
 
@@ -125,10 +125,14 @@ def is_disk_full(error: BaseException) -> bool:
   return _DISK_FULL_TEXT in str(error)
 
 
-def is_flags_error(error: Exception) -> bool:
-  """Whether absl refused a flag; absl is asked only if it is loaded."""
-  flags = sys.modules.get('absl.flags')
-  return flags is not None and isinstance(error, flags.Error)
+def file_line(error: OSError) -> str:
+  """One line about a file that cannot be used."""
+  if error.filename is None:
+    return one_line(error)
+  if isinstance(error, FileExistsError):
+    return one_line(f'{error.filename} is a file where a directory is needed: '
+                    'remove it or name another directory')
+  return one_line(f'{error.filename}: {error.strerror}')
 
 
 def describe(error: Exception, argv: list[str]) -> str | None:
@@ -153,11 +157,10 @@ def describe(error: Exception, argv: list[str]) -> str | None:
       return (f'no space left on device while writing {where}: free some '
               'space there, or name another disk with --workdir, and run the '
               'command again')
-  if isinstance(error, OSError) and isinstance(error, _USER_ERRORS):
-    if error.filename is not None:
-      return one_line(f'{error.filename}: {error.strerror}')
-    return one_line(error)
-  if isinstance(error, _USER_ERRORS) or is_flags_error(error):
+  if isinstance(error, OSError) and (isinstance(error, _USER_ERRORS)
+                                     or error.errno == errno.EROFS):
+    return file_line(error)
+  if isinstance(error, _USER_ERRORS):
     return one_line(error)
   if isinstance(error, ModuleNotFoundError):
     module = (error.name or '').partition('.')[0]

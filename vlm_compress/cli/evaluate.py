@@ -16,9 +16,10 @@ import pathlib
 from rich.console import Console
 
 from vlm_compress.cli import results
+from vlm_compress.cli.arguments import Parser, number
 from vlm_compress.cli.stage import bridge
 from vlm_compress.cli.train import load_page, override
-from vlm_compress.cli.workspace import open_split
+from vlm_compress.cli.workspace import check_tower, open_split
 from vlm_compress.config import check
 from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data.tokenizer import load as load_tokenizer
@@ -28,8 +29,7 @@ from vlm_compress.eval.report import print_table, write_report
 
 def parser() -> argparse.ArgumentParser:
   """The command line; --config.section.field=value comes on top."""
-  p = argparse.ArgumentParser(prog='vlm-compress evaluate',
-                              description=__doc__.splitlines()[0])
+  p = Parser(prog='vlm-compress evaluate', description=__doc__.splitlines()[0])
   p.add_argument('--config', required=True, metavar='FILE.py[:ARG]',
                  help='names the data and the questions')
   p.add_argument('--checkpoint', required=True, type=pathlib.Path,
@@ -38,13 +38,13 @@ def parser() -> argparse.ArgumentParser:
                  help='model directory of the uncompressed model')
   p.add_argument('--method', choices=('auto', 'full', 'voco', 'atp'),
                  default='auto', help="auto: the checkpoint's own (%(default)s)")
-  p.add_argument('--num-voco-tokens', type=int,
+  p.add_argument('--num-voco-tokens', type=number(int, 1), metavar='C',
                  help='VoCo tokens per picture, if not as trained')
   p.add_argument('--data-root', type=pathlib.Path, default='quickstart',
                  help='where data sets and features are kept (%(default)s)')
   p.add_argument('--out', type=pathlib.Path,
                  help='write report.json, report.md and report.html here')
-  p.add_argument('--seed', type=int, default=0,
+  p.add_argument('--seed', type=number(int, 0), default=0,
                  help='of random selection (%(default)s)')
   return p
 
@@ -58,6 +58,10 @@ def main(argv: list[str]) -> int:
   console = Console(stderr=True)
   say = lambda line: console.print(line, markup=False, highlight=False)
   model, params = load_config(args.checkpoint), load_params(args.checkpoint)
+  check_tower(stage.data, model.vision, str(args.checkpoint))
+  if args.reference is not None:
+    check_tower(stage.data, load_config(args.reference).vision,
+                str(args.reference))
   tokenizer = load_tokenizer(args.checkpoint / TOKENIZER)
   check(tokenizer.vocab_size == model.text.vocab_size,
         f'{args.checkpoint}: the tokenizer has {tokenizer.vocab_size} words, '
@@ -121,4 +125,5 @@ def _num_voco(model, method, args) -> int:
   if method != 'voco':
     return 0
   check(model.voco is not None, f'{args.checkpoint} has no VoCo tokens')
-  return args.num_voco_tokens or model.voco.num_voco_tokens
+  return (model.voco.num_voco_tokens if args.num_voco_tokens is None
+          else args.num_voco_tokens)

@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 
+from vlm_compress.cli.arguments import Parser, number
 from vlm_compress.cli.evaluate import own_method
 from vlm_compress.cli.workspace import encoder
 from vlm_compress.config import check
@@ -29,23 +30,25 @@ from vlm_compress.models.sequence import make_batch
 
 def parser() -> argparse.ArgumentParser:
   """The command line."""
-  p = argparse.ArgumentParser(prog='vlm-compress generate',
-                              description=__doc__.splitlines()[0])
-  p.add_argument('--checkpoint', required=True, type=pathlib.Path,
-                 help='model directory')
+  p = Parser(prog='vlm-compress generate', description=__doc__.splitlines()[0])
+  p.add_argument('--checkpoint', type=pathlib.Path,
+                 default=pathlib.Path('quickstart/atp/model'),
+                 help='model directory (%(default)s)')
   p.add_argument('--image', required=True, type=pathlib.Path)
   p.add_argument('--prompt', required=True)
   p.add_argument('--method', choices=('auto', 'full', 'voco', 'atp'),
                  default='auto', help="auto: the checkpoint's own (%(default)s)")
-  p.add_argument('--num-voco-tokens', type=int,
+  p.add_argument('--num-voco-tokens', type=number(int, 1), metavar='C',
                  help='VoCo tokens, if not as trained')
   p.add_argument('--template', default='short', help='(%(default)s)')
-  p.add_argument('--max-new-tokens', type=int, default=32,
+  p.add_argument('--max-new-tokens', type=number(int, 1), default=32,
                  help='(%(default)s)')
-  p.add_argument('--temperature', type=float, default=0.0,
+  p.add_argument('--temperature', type=number(float, 0), default=0.0,
                  help='0 is greedy (%(default)s)')
-  p.add_argument('--top-p', type=float, default=1.0, help='(%(default)s)')
-  p.add_argument('--seed', type=int, default=0, help='(%(default)s)')
+  p.add_argument('--top-p', type=number(float, 0, 1, exclude_low=True),
+                 default=1.0, help='(%(default)s)')
+  p.add_argument('--seed', type=number(int, 0), default=0,
+                 help='(%(default)s)')
   return p
 
 
@@ -70,7 +73,8 @@ def main(argv: list[str]) -> int:
                     turns=(Turn(args.prompt),))
   count = 0
   if method == 'voco':
-    count = args.num_voco_tokens or config.voco.num_voco_tokens
+    count = (config.voco.num_voco_tokens if args.num_voco_tokens is None
+             else args.num_voco_tokens)
   elif method == 'full':
     config = dataclasses.replace(config, voco=None, atp=None)
   row = layout(example, example.turns, RowSpec(template=args.template),

@@ -19,6 +19,7 @@ import platform
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -27,7 +28,8 @@ from vlm_compress.cli import results
 from vlm_compress.cli.quickstart_config import get_config
 from vlm_compress.cli.stage import Stage, bridge, run_stage
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
-from vlm_compress.convert.files import load_config, load_params
+from vlm_compress.convert.files import TOKENIZER, load_config, load_params, save_model
+from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.report import print_table, write_figures, write_report
 from vlm_compress.train.checkpoint import claim_workdir
@@ -46,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
                  help='of training and random selection (%(default)s)')
   p.add_argument('--from-scratch', action='store_true',
                  help='train the base model too (about half an hour more)')
+  p.add_argument('--export-base', type=pathlib.Path, metavar='DIR',
+                 help='write the base model there in bfloat16; with '
+                 '--from-scratch, how the shipped one was made')
   p.add_argument('--no-tensorboard', action='store_true',
                  help='write metrics to jsonl and console only')
   return p
@@ -94,6 +99,9 @@ def main(argv: list[str]) -> int:
   if args.from_scratch:
     base = run('instruct', run('align', ''))
   models['base'] = (load_config(base), load_params(base))
+  if args.export_base is not None:
+    save_model(args.export_base, models['base'][1], models['base'][0],
+               load_tokenizer(base / TOKENIZER), 'bfloat16')
   run('voco1', run('voco8', base))
   run('atp', base)
   report = evaluate(models, train, test, work, args.seed, seconds, say)
@@ -117,7 +125,7 @@ def evaluate(models: dict[str, tuple[Any, Any]], train: Split, test: Split,
       say)
   config, params = models['base']
   plain = dataclasses.replace(config, voco=None)
-  bench.question_only(train.take(len(train)))
+  bench.question_only(train.take(len(train)), seed)
   full = bench.run(Method('full', plain, params, seed=seed))
   bounds = {}
   for count in (8, 1):
@@ -127,7 +135,8 @@ def evaluate(models: dict[str, tuple[Any, Any]], train: Split, test: Split,
   results.relate(bench.rows, full, bounds)
   seconds['evaluation'] = time.perf_counter() - started
   return {
-      'rows': bench.rows, 'config': _configs(seed), 'versions': versions(),
+      'rows': bench.rows, 'versions': versions(),
+      'config': _configs(seed, [name for name in seconds if _steps(name)]),
       'stages': [{'name': name, 'seconds': value,
                   'steps': _steps(name)} for name, value in seconds.items()],
       'attribution': test.attribution,
@@ -141,10 +150,16 @@ def _steps(name: str) -> int | None:
     return None
 
 
-def _configs(seed: int) -> dict[str, Any]:
-  return {'seed': seed, 'prune_after': get_config('atp').model.atp.prune_after,
-          **{name: json.loads(get_config(name).to_json_best_effort())
-             for name in ('instruct', 'voco8', 'voco1', 'atp')}}
+def _configs(seed: int, names: list[str]) -> dict[str, Any]:
+  """The configs of the stages that ran, as they ran."""
+  out: dict[str, Any] = {
+      'seed': seed, 'devices': len(jax.devices()),
+      'prune_after': get_config('atp').model.atp.prune_after}
+  for name in names:
+    config = get_config(name)
+    config.train.seed = seed
+    out[name] = json.loads(config.to_json_best_effort())
+  return out
 
 
 def shown(bench: results.Bench, grid_size: int, count: int = 6

@@ -56,12 +56,15 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
   """The config of a stage: align, instruct, voco8, voco1 or atp."""
   model, rows, train = {
       'align': (_model(**_voco(8)),
-                {'num_voco_tokens': (0,), 'length': 272},
+                # captions only, as LLaVA's first stage; the decoder is still
+                # random, so it teaches the projector little here
+                {'num_voco_tokens': (0,), 'length': 82,
+                 'kinds': {'caption': 1}},
                 {'stage': 'align', 'steps': 50, 'learning_rate': 1e-3,
                  'trainable': ('multi_modal_projector/',),
                  'warmup_steps': 10}),
-      # Half of the rows carry VoCo tokens under the causal mask, so that the
-      # model is VoCo's upper bound as well (methods: UB).
+      # Two thirds of the rows carry VoCo tokens under the causal mask, so that the
+      # model is VoCo's upper bound as well.
       'instruct': (_model(**_voco(8)),
                    {'num_voco_tokens': (0, 0, 1, 2, 4, 8), 'length': 272},
                    {'stage': 'instruct', 'steps': 1000,

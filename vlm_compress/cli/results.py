@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vlm_compress.cli.workspace import Message
+from vlm_compress.compress.baselines.pooling import pooled_grid
 from vlm_compress.config import AtpConfig, LlavaConfig, VocoConfig
 from vlm_compress.data.examples import Example
 from vlm_compress.data.tokenizer import Tokenizer
@@ -52,24 +54,24 @@ class Bench:
     answers = answer(method, self.examples, self.features, self.questions,
                      self.tokenizer, template=self.template)
     self.answers[key or method.name] = answers
-    flops, kv_bytes = cost(method, answers)
     average = float(answers.entering.mean()) if budget is None else budget
     row = {
         'method': method.name, 'trained': method.trained,
         'input_visual_tokens': (method.num_voco_tokens
                                 if method.mask == 'voco'
                                 else int(round(answers.entering[:, 0].mean()))),
-        'layer_average_tokens': average, 'prefill_flops': flops,
-        'kv_bytes': kv_bytes, 'ratio_to_full': None, 'retention': None,
-        'seed': method.seed,
-        'kept_per_layer': answers.entering.mean(0).tolist(),
-        'kept_std_per_layer': answers.entering.std(0).tolist(),
+        'layer_average_tokens': average, 'ratio_to_full': None,
+        'retention': None, 'seed': method.seed, **cost(method, answers),
         **self._scores(answers.texts)}
+    if method.mask != 'voco':  # VoCo prunes nothing; text reads C tokens
+      row['kept_per_layer'] = answers.entering.mean(0).tolist()
+      row['kept_std_per_layer'] = answers.entering.std(0).tolist()
     if answers.module_keep.shape[1]:
       row['kept_counts'] = answers.module_keep.sum(-1).tolist()
     return self._append(row)
 
-  def question_only(self, train: Sequence[Example]) -> dict[str, Any]:
+  def question_only(self, train: Sequence[Example], seed: int
+                    ) -> dict[str, Any]:
     """The floor that never sees a picture."""
     turns = [t for example in train for t in example.turns]
     floor = scoring.fit_question_only(
@@ -81,7 +83,7 @@ class Bench:
     return self._append({
         'method': 'question only', 'trained': True, 'input_visual_tokens': 0,
         'layer_average_tokens': 0.0, 'prefill_flops': 0.0, 'kv_bytes': 0.0,
-        'ratio_to_full': None, 'retention': None, 'seed': 0,
+        'ratio_to_full': None, 'retention': None, 'seed': seed,
         **self._scores(texts)})
 
   def correct(self, key: str, headline_only: bool = True) -> np.ndarray:
@@ -108,7 +110,23 @@ class Bench:
     split = scoring.score(texts, [t.answer for t in turns], kinds, images)
     out['by_kind'].update({k: v for k, v in split['by_kind'].items()
                            if k.endswith('(held-out)')})
+    captions = [i for i, t in enumerate(turns) if t.kind == 'caption']
+    if captions:
+      cells = np.asarray([scoring.word_accuracy(texts[i], turns[i].answer)
+                          for i in captions])
+      mean = scoring.mean_with_interval(cells, [images[i] for i in captions])
+      out['by_kind']['caption, per cell'] = {
+          'accuracy': mean.mean, 'ci95': list(mean.ci95), 'n': mean.n}
     return out
+
+  def compare(self, row: dict[str, Any], key: str,
+              floors: dict[str, str]) -> None:
+    """Adds paired differences to floors, {name in the report: key}."""
+    row['differences'] = {}
+    for name, floor in floors.items():
+      gap = scoring.paired_difference(self.correct(key), self.correct(floor),
+                                      self.images())
+      row['differences'][name] = {'mean': gap.mean, 'ci95': list(gap.ci95)}
 
   def _append(self, row: dict[str, Any]) -> dict[str, Any]:
     self.rows.append(row)
@@ -155,9 +173,10 @@ def voco_rows(bench: Bench, base: LlavaConfig, base_params: Any,
   lower = bench.run(Method('lower bound (LB)', plain,
                            base_params, 'voco', num_voco, trained=False,
                            seed=seed), budget=budget, key=f'LB@{num_voco}')
-  bench.run(Method('VoCo', trained, params, 'voco', num_voco,
-                   seed=seed), budget=budget, key=f'VoCo@{num_voco}')
-  input_floors(bench, base, base_params, num_voco, seed)
+  row = bench.run(Method('VoCo', trained, params, 'voco', num_voco,
+                         seed=seed), budget=budget, key=f'VoCo@{num_voco}')
+  floors = input_floors(bench, base, base_params, num_voco, seed)
+  bench.compare(row, f'VoCo@{num_voco}', floors)
   gap = scoring.paired_difference(
       bench.correct(upper['method']), bench.correct(f'LB@{num_voco}'),
       bench.images())
@@ -165,8 +184,12 @@ def voco_rows(bench: Bench, base: LlavaConfig, base_params: Any,
 
 
 def input_floors(bench: Bench, base: LlavaConfig, params: Any, count: int,
-                 seed: int) -> None:
-  """Random, uniform and pooled tokens in front of all layers, untrained."""
+                 seed: int) -> dict[str, str]:
+  """Random, uniform and pooled tokens in front of all layers, untrained.
+
+  Returns:
+    Names in the report -> keys of the answers, for Bench.compare.
+  """
   for name in ('random', 'uniform'):
     atp = AtpConfig(selector=name, prune_after=(0,), fixed_counts=(count,),
                     target_tokens=count)
@@ -179,6 +202,8 @@ def input_floors(bench: Bench, base: LlavaConfig, params: Any, count: int,
   bench.run(Method('average pooling', pooled, params, trained=False,
                    seed=seed), budget=float(count),
             key=f'average pooling@{count}')
+  return {f'{name} (training-free)': f'{name}@{count}'
+          for name in ('random', 'uniform grid', 'average pooling')}
 
 
 def atp_rows(bench: Bench, base: LlavaConfig, base_params: Any,
@@ -189,24 +214,42 @@ def atp_rows(bench: Bench, base: LlavaConfig, base_params: Any,
   atp = dataclasses.replace(trained.atp, selector='fixed', fixed_counts=counts)
   bench.run(Method('ATP scores, fixed count',
                    dataclasses.replace(trained, atp=atp), params, seed=seed))
-  pruned_floors(bench, base, base_params, trained, counts,
-                row['layer_average_tokens'], seed)
+  floors = pruned_floors(bench, base, base_params, trained, counts,
+                         row['layer_average_tokens'], seed)
+  bench.compare(row, 'ATP', floors)
   return row
 
 
 def pruned_floors(bench: Bench, base: LlavaConfig, params: Any,
                   trained: LlavaConfig, counts: tuple[int, ...],
-                  average: float, seed: int) -> None:
-  """Random and uniform at an ATP run's counts, and pooling at its average."""
+                  average: float, seed: int) -> dict[str, str]:
+  """Random and uniform at an ATP run's counts, and pooling at its average.
+
+  Returns:
+    Names in the report -> keys of the answers, for Bench.compare.
+  """
   for name in ('random', 'uniform'):
     atp = dataclasses.replace(trained.atp, selector=name, fixed_counts=counts)
     label = 'uniform grid' if name == 'uniform' else name
     bench.run(Method(label, dataclasses.replace(base, voco=None, atp=atp),
-                     params, trained=False, seed=seed))
+                     params, trained=False, seed=seed), key=f'{label}@pruned')
   pooled = dataclasses.replace(base, voco=None, resampler='avg_pool',
-                               num_query_tokens=int(round(average)))
+                               num_query_tokens=pooling_count(average))
   bench.run(Method('average pooling', pooled, params, trained=False,
-                   seed=seed))
+                   seed=seed), key='average pooling@pruned')
+  return {f'{name} (training-free)': f'{name}@pruned'
+          for name in ('random', 'uniform grid', 'average pooling')}
+
+
+def pooling_count(average: float) -> int:
+  """The count nearest to an average that pools to a near-square grid.
+
+  17 tokens could only be full-height strips; 16 are 4 x 4.  Ties go up, in
+  the floor's favour.
+  """
+  good = lambda n: max(pooled_grid(n)) <= 2 * min(pooled_grid(n))
+  counts = [n for n in range(1, 4 * math.ceil(average) + 4) if good(n)]
+  return min(counts, key=lambda n: (abs(n - average), -n))
 
 
 def module_counts(answers: Answers) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import time
 from typing import Any
@@ -14,11 +15,12 @@ from vlm_compress.cli.workspace import (
   DataSpec,
   Message,
   Split,
+  check_tower,
   model_config,
   tokenizer_for,
 )
-from vlm_compress.config import ConfigError, LlavaConfig, check
-from vlm_compress.convert.files import load_params, save_model
+from vlm_compress.config import ConfigError, LlavaConfig, VisionConfig, check, from_dict
+from vlm_compress.convert.files import WEIGHTS, load_params, save_model
 from vlm_compress.data.input_pipeline import make_dataset
 from vlm_compress.data.rows import RowSpec, plain_collate, row_maker, voco_collate
 from vlm_compress.data.tokenizer import Tokenizer
@@ -70,7 +72,8 @@ def bridge(config: ConfigDict) -> Stage:
   """ConfigDict outside, frozen dataclasses inside; the only crossing.
 
   Raises:
-    ConfigError: an unknown or missing section or field, with its name.
+    ConfigError: an unknown or missing section or field, with its name, or
+      sections that do not fit each other.
   """
   values = config.to_dict()
   unknown = sorted(set(values) - set(SECTIONS))
@@ -83,7 +86,7 @@ def bridge(config: ConfigDict) -> Stage:
   rows['kinds'] = tuple(sorted(rows.get('kinds', {}).items()))
   ev = values['eval']
   try:
-    return Stage(
+    stage = Stage(
         model=values['model'], data=_dataclass(DataSpec, data, 'data'),
         rows=_dataclass(RowSpec, rows, 'rows'),
         recipe=_dataclass(Recipe, values['train'], 'train'),
@@ -91,11 +94,31 @@ def bridge(config: ConfigDict) -> Stage:
         headline=tuple(ev['headline']), init_from=values['init_from'])
   except KeyError as e:
     raise ConfigError(f'config field {e} is missing') from e
+  check(stage.recipe.stage != 'atp' or stage.rows.one_turn,
+        'train.stage="atp" needs rows.one_turn=True: at inference the '
+        'thresholds come from the first question alone')
+  check_tower(stage.data, from_dict(stage.model.get('vision', {}),
+                                    VisionConfig), 'config.model')
+  return stage
 
 
 def describe(stage: Stage) -> dict[str, Any]:
-  """A stage as plain types, for config.json."""
-  return {**dataclasses.asdict(stage), 'init_from': ''}
+  """A stage as plain types, for config.json.
+
+  The weights that it starts from are named by their content: a workdir may
+  move, but must not go on from other weights.
+
+  Raises:
+    ConfigError: init_from holds no weights.
+  """
+  digest = ''
+  if stage.init_from:
+    path = pathlib.Path(stage.init_from) / WEIGHTS
+    check(path.is_file(), f'init_from={stage.init_from}: {path} does not '
+          'exist; train that model first or name another directory')
+    with open(path, 'rb') as file:
+      digest = 'sha256:' + hashlib.file_digest(file, 'sha256').hexdigest()
+  return {**dataclasses.asdict(stage), 'init_from': digest}
 
 
 def stage_batches(stage: Stage, config: LlavaConfig, split: Split,

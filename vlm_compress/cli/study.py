@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from vlm_compress.cli import results
-from vlm_compress.cli.quickstart import SHIPPED, versions
+from vlm_compress.cli.quickstart import versions
 from vlm_compress.cli.stage import bridge, run_stage
 from vlm_compress.cli.train import load_module
 from vlm_compress.cli.workspace import open_split, tokenizer_for
@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
                  help='page with PLAN and get_config (%(default)s)')
   p.add_argument('--workdir', type=pathlib.Path, default='study',
                  help='(%(default)s)')
-  p.add_argument('--base', type=pathlib.Path, default=SHIPPED,
-                 help='model that all runs start from (the shipped one)')
+  p.add_argument('--base', type=pathlib.Path,
+                 help='model that all runs start from; default: trained here')
   p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
                  help='(%(default)s)')
   p.add_argument('--stages', nargs='+', help='only these of PLAN')
@@ -57,6 +57,10 @@ def main(argv: list[str]) -> int:
   stage = bridge(page.get_config('base'))
   train = open_split(stage.data, stage.data.train_split, args.workdir, say)
   test = open_split(stage.data, stage.data.test_split, args.workdir, say)
+  if args.base is None:
+    say('[base]')
+    run_stage(stage, args.workdir / 'base', train, message=say)
+    args.base = args.workdir / 'base' / 'model'
   base = (load_config(args.base), load_params(args.base))
   for seed in args.seeds:
     for name in [n for n in page.PLAN if n in (args.stages or page.PLAN)]:
@@ -99,9 +103,14 @@ def one(page, name: str, seed: int, args, train, test, base, say
     references(bench, train, base, model, params, seed)
   elif stage.recipe.stage == 'voco':
     count = model.voco.num_voco_tokens
-    bench.run(Method('VoCo', model, params, 'voco', count, seed=seed),
-              budget=float(count))
-    results.input_floors(bench, *base, count, seed)
+    distilled = model.voco.distill_weight > 0
+    row = bench.run(Method('VoCo, CE + KL' if distilled else 'VoCo', model,
+                           params, 'voco', count, seed=seed),
+                    budget=float(count), key='VoCo')
+    floors = results.input_floors(bench, *base, count, seed)
+    bench.compare(row, 'VoCo', floors)
+    if distilled:  # the floors stand beside VoCo already
+      bench.rows[1:] = []
   else:
     label = {'random': 'random', 'uniform': 'uniform grid',
              'fixed': 'ATP scores, fixed count', 'adaptive': 'ATP'}.get(
@@ -109,7 +118,9 @@ def one(page, name: str, seed: int, args, train, test, base, say
     label = label or {'avg_pool': 'average pooling', 'qformer': 'Q-Former',
                       'avg_pool_linear': 'average pooling + linear'}[
                           model.resampler]
-    bench.run(Method(label, model, params, seed=seed))
+    if stage.recipe.trainable:
+      label += ', frozen decoder'
+    bench.run(Method(label, model, params, seed=seed), key='ATP')
     if label == 'ATP':
       counts = results.module_counts(bench.answers['ATP'])
       bench.rows[0]['module_counts'] = counts
@@ -120,7 +131,7 @@ def one(page, name: str, seed: int, args, train, test, base, say
 
 def references(bench, train, base, model, params, seed) -> None:
   """Question only, full, and VoCo's bounds at every C of the study."""
-  bench.question_only(train.take(len(train)))
+  bench.question_only(train.take(len(train)), seed)
   plain = dataclasses.replace(model, voco=None)
   bench.run(Method('full', plain, params, seed=seed))
   for count in (1, 2, 4, 8):

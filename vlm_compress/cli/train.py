@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import pathlib
 import sys
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from vlm_compress.cli.arguments import Parser
 from vlm_compress.cli.stage import bridge, run_stage
 from vlm_compress.cli.workspace import open_split
 from vlm_compress.config import ConfigError, check
@@ -25,8 +27,7 @@ from vlm_compress.config import ConfigError, check
 
 def parser() -> argparse.ArgumentParser:
   """The command line; --config.section.field=value comes on top."""
-  p = argparse.ArgumentParser(prog='vlm-compress train',
-                              description=__doc__.splitlines()[0])
+  p = Parser(prog='vlm-compress train', description=__doc__.splitlines()[0])
   p.add_argument('--config', required=True, metavar='FILE.py[:ARG]',
                  help='config page; --config.section.field=value sets a field')
   p.add_argument('--workdir', required=True, type=pathlib.Path,
@@ -43,12 +44,16 @@ def load_module(path: str) -> Any:
   """A config page as a module.
 
   Raises:
-    ConfigError: no such file, or no get_config in it.
+    ConfigError: no such file, no Python, or no get_config in it.
   """
   check(pathlib.Path(path).is_file(), f'--config: {path} does not exist')
+  check(path.endswith('.py'), f'--config: {path} is no .py file')
   spec = importlib.util.spec_from_file_location('config_page', path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as e:
+    raise ConfigError(f'{e.filename}, line {e.lineno}: {e.msg}') from e
   check(hasattr(module, 'get_config'), f'{path} has no function get_config')
   return module
 
@@ -57,15 +62,26 @@ def load_page(spec: str) -> ConfigDict:
   """get_config(arg) of 'file.py:arg'.
 
   Raises:
-    ConfigError: as load_module, or an unknown argument.
+    ConfigError: as load_module, an unknown argument, or get_config takes
+      none or needs one.
   """
   path, _, arg = spec.partition(':')
-  module = load_module(path)
+  module, args = load_module(path), [arg] if arg else []
   try:
-    return module.get_config(arg) if arg else module.get_config()
+    inspect.signature(module.get_config).bind(*args)
+  except TypeError as e:
+    raise ConfigError(
+        f'--config={spec}: get_config of {path} takes '
+        f'{inspect.signature(module.get_config)} ({e}); write --config={path}'
+        f'{"" if arg else ":ARG"}') from e
+  try:
+    config = module.get_config(*args)
   except KeyError as e:
     raise ConfigError(f'--config={spec}: {path} has no config {e}; its '
                       'docstring lists what it has') from e
+  check(isinstance(config, ConfigDict), f'--config={spec}: get_config of '
+        f'{path} returns a {type(config).__name__}, not a ConfigDict')
+  return config
 
 
 def override(config: ConfigDict, flags: list[str]) -> None:

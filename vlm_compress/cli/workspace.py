@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_compress.config import LlavaConfig, check, from_dict
+from vlm_compress.config import LlavaConfig, VisionConfig, check, from_dict
+from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example
 from vlm_compress.data.features import cached_features
 from vlm_compress.data.llava_json import LlavaJson
@@ -19,6 +22,7 @@ from vlm_compress.data.sources import open_source
 from vlm_compress.data.tokenizer import Tokenizer, load, word_level
 
 Message = Callable[[str], None]
+LLAVA_OPTIONS = ('image_folder', 'skip_bad_rows', 'verify_images')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class DataSpec:
     name: data set, see data/sources.py; or 'llava_json' with one picture a
       row, whose splits are files of that format.
     options: settings of the data set, as (name, value) pairs; of llava_json
-      the image_folder.
+      the image_folder and the other LLAVA_OPTIONS.
     image_size: side of the pictures for the vision tower, in pixels.
     train_split, test_split: in TFDS's notation.
     tokenizer: path of a tokenizer.json; '' builds a word-level one.
@@ -40,6 +44,20 @@ class DataSpec:
   train_split: str = 'train'
   test_split: str = 'test'
   tokenizer: str = ''
+
+  def __post_init__(self):
+    check(self.image_size >= 1, f'data.image_size={self.image_size}: at least '
+          '1 pixel')
+    for name in ('name', 'train_split', 'test_split'):
+      check(bool(getattr(self, name)), f'data.{name} is empty')
+    if self.name == 'llava_json':
+      options = dict(self.options)
+      unknown = sorted(set(options) - set(LLAVA_OPTIONS))
+      check(not unknown, f'data.options: llava_json has no option {unknown}; '
+            f'it has {LLAVA_OPTIONS}')
+      check(isinstance(options.get('image_folder'), str),
+            'data.options.image_folder is missing: llava_json needs the '
+            'folder that the image paths of its rows are relative to')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +93,55 @@ def encoder() -> tuple[Callable[[np.ndarray], np.ndarray], str]:
           f'efficientnet_lite0-{digest.hexdigest()[:16]}')
 
 
+def check_tower(spec: DataSpec, vision: VisionConfig, where: str) -> None:
+  """Whether a model can read the frozen features of the data.
+
+  Args:
+    spec: the data.
+    vision: the model's tower.
+    where: names the model in the message.
+
+  Raises:
+    ConfigError: another tower, or pictures of another size.
+  """
+  check(vision.model_type == 'efficientnet_lite0',
+        f'{where}: vision.model_type={vision.model_type!r}, but frozen '
+        'features are made by EfficientNet-Lite0; set '
+        'vision.model_type="efficientnet_lite0"')
+  check(spec.image_size == vision.image_size,
+        f'data.image_size={spec.image_size}, but {where} has '
+        f'vision.image_size={vision.image_size}; they must be the same')
+
+
+def open_llava_json(path: str, options: dict[str, Any], message: Message
+                    ) -> tuple[LlavaJson, str]:
+  """A LLaVA-format file with one picture a row, and its fingerprint.
+
+  The fingerprint covers the file, the options, and size and time of every
+  picture, so that the features of other pictures are not taken for theirs.
+
+  Raises:
+    DataError: a row does not have exactly one picture.
+  """
+  source = LlavaJson(path, **options)
+  if source.skipped:
+    message(f'warning: {len(source.skipped)} row(s) are left out; the first: '
+            f'{source.skipped[0].reason}')
+  digest = hashlib.sha256(pathlib.Path(path).read_bytes())
+  options = options | {'image_folder': os.path.abspath(source.image_folder)}
+  digest.update(json.dumps(sorted(options.items())).encode())
+  for index in range(len(source)):
+    paths = source.image_paths(index)
+    if len(paths) != 1:
+      raise DataError(
+          f'{source.row_name(index)} has {len(paths)} pictures; frozen features '
+          'hold exactly one picture per row for now: leave text-only rows and '
+          'rows with several pictures out of the file')
+    stat = paths[0].stat()
+    digest.update(f'{paths[0]} {stat.st_size} {stat.st_mtime_ns}\n'.encode())
+  return source, digest.hexdigest()
+
+
 def open_split(spec: DataSpec, split: str, root: pathlib.Path,
                message: Message) -> Split:
   """Opens a split, building the data set and its features if needed.
@@ -87,8 +154,7 @@ def open_split(spec: DataSpec, split: str, root: pathlib.Path,
   """
   options = dict(spec.options)
   if spec.name == 'llava_json':
-    source = LlavaJson(split, **options)
-    data = hashlib.sha256(pathlib.Path(split).read_bytes()).hexdigest()
+    source, data = open_llava_json(split, options, message)
     attribution = ''
   else:
     source = open_source(spec.name, root / 'data', split, options=options)

@@ -188,7 +188,7 @@ def token_keep(keep: jax.Array, inputs: PruneInputs) -> jax.Array:
   return jnp.where(slots >= 0, picked, 1.0)
 
 
-def attention_bias(keep: jax.Array, inputs: PruneInputs, mask: jax.Array
+def masked_by_keep(keep: jax.Array, inputs: PruneInputs, mask: jax.Array
                    ) -> tuple[jax.Array, jax.Array | None]:
   """How a keep mask enters attention (DynamicViT style, ours).
 

@@ -1,4 +1,4 @@
-"""Importance of a visual token: the attention it receives (ATP-LLaVA 3.2).
+"""Importance of a visual token: the attention it receives (ATP-LLaVA, Eqs. 3-4).
 
 Self-modality score (Eq. 3): attention received from visual tokens of its own
 image.  Cross-modality score (Eq. 4): attention received from prompt text.
@@ -7,7 +7,7 @@ are seen by more queries than late ones, so the self score is divided by a
 fair share (ours): what the token would receive if every query attended evenly
 to all it may see.  Dividing by the number of queries instead leaves a bias,
 because early queries have fewer keys to share their attention among: with
-flat attention over 64 tokens, the first would still score 4.8 times the last.
+flat attention over 64 tokens, the first would still score 4.7 times the last.
 
 No B x N x T x S map is stored: queries are taken in blocks and reduced to
 column sums, so memory is O(block * S).

@@ -1,6 +1,6 @@
 """Spatial scores and uniform orders on the grid of visual tokens.
 
-Spatial augmented pruning (ATP-LLaVA 3.4): a position's score says how sparse
+Spatial augmented pruning (ATP-LLaVA): a position's score says how sparse
 a uniform sampling grid may be and still contain it, so cutting the scores at
 a threshold chooses a uniform sampling rate.
 """
@@ -43,7 +43,7 @@ def grid_offsets(strides: tuple[int, ...]) -> tuple[int, ...]:
 @functools.cache
 def spatial_scores(grid_size: int, strides: tuple[int, ...] = (),
                    sap_lambda: float = 3.0) -> np.ndarray:
-  """Spatial score of every grid position (section 3.3; lambda from 2nd-hand).
+  """Spatial score of every grid position (ATP-LLaVA).
 
   S_s(j) = max over grids g that contain j of 1 - lambda R_g, where R_g is the
   share of tokens in g; positions in no strided grid get 1 - lambda.
@@ -51,7 +51,8 @@ def spatial_scores(grid_size: int, strides: tuple[int, ...] = (),
   Args:
     grid_size: tokens per side.
     strides: nested strides, each a divisor of the next; () for the default.
-    sap_lambda: lambda.
+    sap_lambda: lambda; the default 3 is as others report it, not from the
+      paper itself.
 
   Returns:
     float32[grid_size ** 2], row-major; not writable, shared between calls.
@@ -78,9 +79,11 @@ def spatial_scores(grid_size: int, strides: tuple[int, ...] = (),
 def uniform_order(grid_size: int) -> np.ndarray:
   """Ranks such that any first n positions cover the grid evenly (ours).
 
-  Farthest-point order from the centre: each position is the one farthest
-  from all earlier ones; ties go to the one nearest the centre, then row-major.
-  The sets are nested, as cumulative pruning needs.
+  The nested sampling grids come first, from the sparsest to the densest, so
+  that their sizes (16 of 64, 144 of 576) are exact uniform grids.  Inside a
+  grid, and for the rest, farthest-point order: the position farthest from all
+  earlier ones, ties to the one nearest the centre, then row-major.  The sets
+  are nested, as cumulative pruning needs.
 
   Returns:
     int32[grid_size ** 2], rank of each position, 0 first.
@@ -88,14 +91,15 @@ def uniform_order(grid_size: int) -> np.ndarray:
   rows, cols = np.divmod(np.arange(grid_size ** 2), grid_size)
   centre = (grid_size - 1) / 2
   to_centre = (rows - centre) ** 2 + (cols - centre) ** 2
+  level = (np.zeros(1) if grid_size == 1
+           else np.array(spatial_scores(grid_size), np.float64))
   nearest = np.full(grid_size ** 2, np.inf)
   ranks = np.zeros(grid_size ** 2, np.int32)
   for rank in range(grid_size ** 2):
-    order = np.lexsort((to_centre, -nearest))
-    pick = order[0]
+    pick = np.lexsort((to_centre, -nearest, -level))[0]
     ranks[pick] = rank
     distance = (rows - rows[pick]) ** 2 + (cols - cols[pick]) ** 2
     nearest = np.minimum(nearest, distance)
-    nearest[pick] = -1.0
+    level[pick] = -np.inf
   ranks.flags.writeable = False
   return ranks

@@ -31,7 +31,7 @@ def hidden_from_text(is_voco: jax.Array, is_visual: jax.Array,
 def voco_mask(valid: jax.Array, is_voco: jax.Array, is_visual: jax.Array,
               image_ids: jax.Array, turn_ids: jax.Array,
               text_sees_prefix: bool = False) -> jax.Array:
-  """Attention mask of the masked single pass (section 3.1, Eq. 3).
+  """Attention mask of the masked single pass (VoCo-LLaMA, Eq. 3).
 
   Two visual tokens v, two VoCo tokens c, two text tokens t:
 

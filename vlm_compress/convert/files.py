@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
 
 from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
+from vlm_compress.models.llava import Llava, init_params
 
 WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
 
@@ -58,17 +62,22 @@ def load_config(directory: str | os.PathLike) -> LlavaConfig:
   """The configuration of a model directory.
 
   Raises:
-    ConfigError: missing, unreadable, or with unknown fields.
+    ConfigError: missing, unreadable, or with unknown fields or values of
+      the wrong type.
   """
   path = pathlib.Path(directory) / CONFIG
   check(path.exists(), f'{path} does not exist; is {directory} a model '
         'directory (model.safetensors, config.json, tokenizer.json)?')
   try:
-    return from_dict(json.loads(path.read_text()))
+    values = json.loads(path.read_text(encoding='utf-8'))
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ConfigError(f'{path} is not readable JSON ({e}); write the model '
                       'directory again') from e
-  except ConfigError as e:
+  check(isinstance(values, dict), f'{path} holds a JSON '
+        f'{type(values).__name__}; it must be an object of config fields')
+  try:
+    return from_dict(values)
+  except (ConfigError, TypeError) as e:
     raise ConfigError(f'{path}: {e}') from e
 
 
@@ -76,7 +85,8 @@ def load_params(directory: str | os.PathLike) -> dict[str, Any]:
   """The parameters of a model directory, float32 numpy arrays.
 
   Raises:
-    ConfigError: the weights are missing, truncated or not safetensors.
+    ConfigError: the weights are missing, truncated, not safetensors, or not
+      those of the model in config.json.
   """
   path = pathlib.Path(directory) / WEIGHTS
   check(path.exists(), f'{path} does not exist; train first or name another '
@@ -86,5 +96,29 @@ def load_params(directory: str | os.PathLike) -> dict[str, Any]:
   except safetensors.SafetensorError as e:
     raise ConfigError(f'{path} is damaged ({e}); write the model directory '
                       'again') from e
+  check_shapes(flat, load_config(directory), path)
   flat = {name: np.asarray(x, np.float32) for name, x in flat.items()}
   return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def check_shapes(flat: Mapping[str, Any], config: LlavaConfig,
+                 path: pathlib.Path) -> None:
+  """Compares weights with the parameters of a model; more do no harm.
+
+  Args:
+    flat: 'module/name' -> array.
+    config: of the model.
+    path: of the weights, for the message.
+
+  Raises:
+    ConfigError: a parameter is missing or has another shape.
+  """
+  tree = nn.unbox(jax.eval_shape(
+      lambda key: init_params(Llava(config), key), jax.random.key(0)))
+  for name, leaf in flax.traverse_util.flatten_dict(tree, sep='/').items():
+    check(name in flat, f'{path} has no parameter {name}, which the model in '
+          f'{CONFIG} beside it needs; write the model directory again')
+    check(flat[name].shape == leaf.shape,
+          f'{path}: parameter {name} has shape {flat[name].shape}, but the '
+          f'model in {CONFIG} beside it needs {leaf.shape}; write the model '
+          'directory again')

@@ -1,11 +1,11 @@
 """Frozen vision features on disk: the encoder sees every picture once.
 
 A vision tower that is not trained gives the same features in every epoch, so
-they are computed once and kept as one float16 array, memory-mapped: opening
-it takes milliseconds and only the rows that are read come into memory.  The
-file is named by what it was made from (weights, picture size, data), so the
-features of other weights are never taken by mistake; a sidecar holds shape
-and checksum, so a torn file is rebuilt and not read.
+they are computed once and kept as one float16 array, memory-mapped: only the
+rows that are read come into memory.  The file is named by what it was made
+from (weights, picture size, data), so the features of other weights are never
+taken by mistake; a sidecar holds shape and checksum, so a torn file is rebuilt
+and not read.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from vlm_compress import atomic
 from vlm_compress.config import check
 from vlm_compress.data import images
 from vlm_compress.data.errors import DataError
@@ -48,16 +48,6 @@ class FeatureCache:
   def __getitem__(self, index) -> np.ndarray:
     """Returns float16[P, D] of picture `index` (or more for an array)."""
     return np.asarray(self.array[index])
-
-  @property
-  def num_tokens(self) -> int:
-    """Visual tokens per picture, P."""
-    return self.array.shape[1]
-
-  @property
-  def feature_size(self) -> int:
-    """Numbers per visual token, D."""
-    return self.array.shape[2]
 
 
 def cached_features(source, encode_fn: Callable[[np.ndarray], Any],
@@ -140,7 +130,7 @@ def _open(path: str, key: dict[str, Any]) -> np.ndarray:
   return array
 
 
-def _checksum(path: str) -> int:
+def _checksum(path: str | os.PathLike[str]) -> int:
   value = 0
   with open(path, 'rb') as stream:
     while chunk := stream.read(_CHUNK):
@@ -172,22 +162,21 @@ def _pixels(example, image_size: int, prepare) -> np.ndarray:
   if len(example.images) != 1:
     raise DataError(
         f'{example.example_id} has {len(example.images)} pictures; the feature '
-        'cache is for examples with exactly one')
+        'cache is for examples with exactly one: leave text-only rows and rows '
+        'with several pictures out of the data')
   picture = images.decode(example.images[0], name=example.example_id)
   return prepare(picture, image_size)
 
 
 def _write(path: str, key: dict[str, Any], batches: Iterator[np.ndarray],
            advance: Callable[[int], None]) -> None:
-  """Writes array and sidecar, each under another name first.
+  """Writes array and sidecar, each whole or not at all.
 
   The array is written as a plain file, batch by batch: a memory map on a full
   disk would end the process instead of raising an error.
   """
-  handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or '.',
-                                       prefix='features-', suffix='.tmp')
-  try:
-    with os.fdopen(handle, 'wb') as stream:
+  with atomic.replace(path) as temporary:
+    with open(temporary, 'wb') as stream:
       shape = None
       for batch in batches:
         if shape is None:
@@ -197,20 +186,12 @@ def _write(path: str, key: dict[str, Any], batches: Iterator[np.ndarray],
                        'shape': tuple(shape)})
         stream.write(batch.astype('<f2').tobytes())
         advance(len(batch))
-      stream.flush()
-      os.fsync(stream.fileno())
     written = key | {'shape': shape, 'num_bytes': os.path.getsize(temporary),
                      'crc32': _checksum(temporary)}
     # The old sidecar goes first: array and sidecar never disagree unnoticed.
     with contextlib.suppress(FileNotFoundError):
       os.remove(_sidecar(path))
-    os.replace(temporary, path)
-    with open(temporary, 'w') as stream:
-      json.dump(written, stream, indent=2)
-    os.replace(temporary, _sidecar(path))
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(temporary)
+  atomic.write_text(_sidecar(path), json.dumps(written, indent=2))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ Built on grain.  Three properties the training loop relies on:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,40 +91,6 @@ def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
 def row_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
   """Returns the generator a row is made with."""
   return np.random.default_rng([seed, epoch, index])
-
-
-def steps_per_epoch(num_records: int, batch_size: int,
-                    process_count: int = 1) -> int:
-  """Returns whole batches per epoch and process, counted without Nones."""
-  return num_records // (batch_size * process_count)
-
-
-def sequential_batches(source, transform: Transform, *, batch_size: int,
-                       seed: int, collate: Collate,
-                       limit: int | None = None):
-  """Yields each record once, in order, the last batch possibly smaller.
-
-  For evaluation, which has no state to keep.  Rows are the same as those of
-  epoch 0 of `make_dataset`; arguments as there.
-
-  Args:
-    source: random-access source.
-    transform: (record_index, example, rng) -> row or None.
-    batch_size: rows per batch.
-    seed: of the rows.
-    collate: list of rows -> batch.
-    limit: stop after this many records.
-
-  Yields:
-    Batches.
-  """
-  check(batch_size > 0, f'batch_size={batch_size}; use 1 or more')
-  count = len(source) if limit is None else min(limit, len(source))
-  rows = (transform(index, source[index], row_generator(seed, 0, index))
-          for index in range(count))
-  rows = (row for row in rows if row is not None)
-  while chunk := list(itertools.islice(rows, batch_size)):
-    yield collate(chunk)
 
 
 def _shuffle_seed(seed: int) -> int:

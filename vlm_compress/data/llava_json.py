@@ -18,6 +18,7 @@ import dataclasses
 import json
 import operator
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
@@ -66,7 +67,7 @@ class LlavaJson:
         refused; links inside it are followed (datasets are often linked in).
       skip_bad_rows: leave out rows with missing images or other mistakes and
         list them in `skipped`, instead of refusing the file.
-      verify_images: decode every image now (minutes for 10,000 images), so
+      verify_images: decode every image now, which takes a while, so
         that broken pictures are found before training.
 
     Raises:
@@ -116,12 +117,22 @@ class LlavaJson:
       encoded = tuple(images.read_bytes(self.image_folder, name)
                       for name in row.names)
     except DataError as e:
-      raise DataError(f'{self.path}: row {row.index} (id {row.row_id!r}): {e}'
-                      ) from e
+      raise DataError(f'{self.row_name(index)}: {e}') from e
     metadata = {**row.extra, 'id': row.row_id, 'row': row.index,
                 'image': list(row.names)}
     return Example(example_id=str(row.row_id), turns=row.turns,
                    images=encoded, metadata=metadata)
+
+  def image_paths(self, index: SupportsIndex) -> tuple[pathlib.Path, ...]:
+    """The image files of an example, without reading them."""
+    row = self._rows[operator.index(index)]
+    return tuple(images.resolve_path(self.image_folder, name)
+                 for name in row.names)
+
+  def row_name(self, index: SupportsIndex) -> str:
+    """File, row and id of an example, for messages."""
+    row = self._rows[operator.index(index)]
+    return f'{self.path}: row {row.index} (id {row.row_id!r})'
 
   def _where(self, index: int, raw: Any) -> str:
     row_id = f' (id {raw["id"]!r})' if isinstance(raw, dict) and 'id' in raw \

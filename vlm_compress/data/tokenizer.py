@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from vlm_compress.atomic import write_text
 from vlm_compress.data.errors import DataError
 
 WORD_LEVEL_SPECIALS = ('<pad>', '<s>', '</s>', '<unk>')
@@ -124,16 +124,7 @@ class Tokenizer:
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes a `tokenizer.json`, all or nothing."""
-    path = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(
-        dir=os.path.dirname(path) or '.', prefix='.tokenizer')
-    try:
-      with os.fdopen(handle, 'w', encoding='utf-8') as f:
-        f.write(self._json)
-      os.replace(temporary, path)
-    except BaseException:
-      os.unlink(temporary)
-      raise
+    write_text(path, self._json)
 
 
 def _unpack(spec: str, strict: bool) -> Tokenizer:

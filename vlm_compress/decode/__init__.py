@@ -1,3 +1,1 @@
-"""From a model to text: sampling, generation with a key/value cache, generation
-with pruned visual tokens, and compressed images kept on disk.
-"""
+"""From a model to text: sampling, and generation with a key/value cache."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vlm_compress.decode.sampling import sample
 from vlm_compress.models.layer_stack import StackOutputs
 from vlm_compress.models.llava import Llava, PruneOptions
-from vlm_compress.models.sequence import Batch
+from vlm_compress.models.sequence import Batch, VocoBatch
 from vlm_compress.nn.kv_cache import KVCache, grow
 
 
@@ -27,15 +27,15 @@ class Generated:
   outputs: StackOutputs
 
 
-def generate(model: Llava, params: Any, batch: Batch, *, max_new_tokens: int,
-             eos_id: int, mask: str = 'causal',
+def generate(model: Llava, params: Any, batch: Batch | VocoBatch, *,
+             max_new_tokens: int, eos_id: int, mask: str = 'causal',
              prune: PruneOptions | None = None, temperature: float = 0.0,
              top_p: float = 1.0, seed: jax.Array | int = 0) -> Generated:
   """Generates until every row has ended or max_new_tokens are there.
 
   Args:
     model, params: the model.
-    batch: prompts.
+    batch: prompts; a VocoBatch is prefilled in two passes.
     max_new_tokens: N, static.
     eos_id: ends a row.
     mask, prune: see `Llava.hidden`.
@@ -44,8 +44,12 @@ def generate(model: Llava, params: Any, batch: Batch, *, max_new_tokens: int,
   Returns:
     Tokens and the prefill's outputs.
   """
-  logits, cache, outputs = model.apply({'params': params}, batch, mask=mask,
-                                       prune=prune, method='prefill')
+  if isinstance(batch, VocoBatch):
+    logits, cache, outputs = model.apply({'params': params}, batch,
+                                         method='prefill_two_pass')
+  else:
+    logits, cache, outputs = model.apply({'params': params}, batch, mask=mask,
+                                         prune=prune, method='prefill')
   tokens, _ = continue_from(model, params, logits,
                             grow(cache, max_new_tokens - 1),
                             max_new_tokens=max_new_tokens, eos_id=eos_id,

@@ -19,6 +19,7 @@ import dataclasses
 
 import numpy as np
 
+from vlm_compress.compress.baselines.qformer import NUM_LAYERS as NUM_QFORMER_LAYERS
 from vlm_compress.config import ConfigError, LlavaConfig, TextConfig, VisionConfig, check
 
 BYTES_PER_VALUE = {'float32': 4, 'bfloat16': 2}
@@ -99,8 +100,8 @@ def layer_flops(text: TextConfig, num_tokens: np.ndarray,
   Returns:
     float[...] FLOPs.
   """
-  query_size = text.num_attention_heads * text.head_dim
-  kv_size = text.num_key_value_heads * text.head_dim
+  query_size = text.num_attention_heads * text.size_per_head
+  kv_size = text.num_key_value_heads * text.size_per_head
   per_token = (2 * text.hidden_size * (query_size + 2 * kv_size) +
                2 * query_size * text.hidden_size +
                6 * text.hidden_size * text.intermediate_size)
@@ -166,7 +167,7 @@ def kv_bytes(text: TextConfig, tokens_per_layer: np.ndarray,
   """
   check(dtype in BYTES_PER_VALUE,
         f'kv cache dtype={dtype!r}: use one of {sorted(BYTES_PER_VALUE)}')
-  per_token = (2 * text.num_key_value_heads * text.head_dim *
+  per_token = (2 * text.num_key_value_heads * text.size_per_head *
                BYTES_PER_VALUE[dtype])
   return _per_layer(text, tokens_per_layer).sum(-1) * per_token
 
@@ -231,6 +232,24 @@ def projector_flops(config: LlavaConfig,
   return 2.0 * tokens * size * (config.vision.hidden_size + size)
 
 
+def resampler_flops(config: LlavaConfig) -> float:
+  """What a baseline adds to shorten one image's tokens; 0 without one.
+
+  The linear layer behind average pooling is D x D on C tokens.  A Q-Former
+  layer is self-attention among C queries, cross-attention to P tokens and an
+  MLP of width 4D.  Averaging itself is not counted.
+  """
+  size, tokens = config.text.hidden_size, config.num_query_tokens
+  if config.resampler == 'avg_pool_linear':
+    return 2.0 * tokens * size ** 2
+  if config.resampler != 'qformer':
+    return 0.0
+  patches = config.num_patches
+  own = 8 * tokens * size ** 2 + 4 * tokens ** 2 * size
+  cross = (4 * tokens + 4 * patches) * size ** 2 + 4 * tokens * patches * size
+  return float(NUM_QFORMER_LAYERS * (own + cross + 16 * tokens * size ** 2))
+
+
 def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
                    prompt_tokens: np.ndarray) -> np.ndarray:
   """What the modules between the layers add, summed over modules.
@@ -256,7 +275,7 @@ def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
   n = visual[..., np.array(atp.prune_after) - 1]
   pairs = causal_pairs(n, np.asarray(prompt_tokens)[..., None])
   text = config.text
-  scores = 2.0 * text.num_attention_heads * text.head_dim * pairs.sum(-1)
+  scores = 2.0 * text.num_attention_heads * text.size_per_head * pairs.sum(-1)
   if atp.selector == 'fixed':
     return scores
   width = atp.threshold_hidden_size

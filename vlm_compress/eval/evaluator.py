@@ -25,7 +25,7 @@ from vlm_compress.data.tokenizer import Tokenizer
 from vlm_compress.decode.generate import generate
 from vlm_compress.eval import efficiency
 from vlm_compress.models.llava import Llava, PruneOptions
-from vlm_compress.models.sequence import TEXT, make_batch
+from vlm_compress.models.sequence import TEXT, make_batch, split_voco
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +138,7 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
     task = bar.add_task(f'asking {method.name}', total=len(questions))
     for group in _groups(budgets):
       length = max(len(rows[i]['input_ids']) for i in group)
+      text_length = max(int((rows[i]['image_ids'] == 0).sum()) for i in group)
       for start in range(0, len(group), batch_size):
         part = group[start:start + batch_size]
         padded = part + [part[-1]] * (batch_size - len(part))
@@ -146,6 +147,8 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
             [np.asarray(features[questions[i].example])[None] for i in padded],
             length=length, num_images=1)
         ids = np.asarray([_row_id(questions[i]) for i in padded], np.int32)
+        if method.mask == 'voco':  # in two passes
+          batch = split_voco(batch, method.config, text_length)
         batch, ids = jax.device_put((batch, ids), shards)
         with jax.set_mesh(mesh):
           result = run(params, batch, ids, max(budgets[i] for i in group))
@@ -204,24 +207,38 @@ def _compiled(method: Method, eos_id: int):
   return jax.jit(run, static_argnums=3)
 
 
-def cost(method: Method, answers: Answers) -> tuple[float, float]:
-  """Mean prefill FLOPs and KV bytes of a method over its questions.
+def cost(method: Method, answers: Answers) -> dict[str, float]:
+  """What a method costs, as means over its questions.
 
   VoCo is charged for compressing every image; its cache holds the VoCo
   tokens and the text.
+
+  Returns:
+    prefill_flops (decoder, selector, LM head; needed query-key pairs),
+    prefill_flops_dense (attention as full squares, masked afterwards),
+    vision_flops, projector_flops (with the resampler), selector_flops, and
+    kv_bytes.
   """
   config = method.config
   text = answers.text_tokens.astype(np.float64)
   M = config.text.num_hidden_layers
   if method.mask == 'voco':
     read = text - 2  # BOS and the newline behind the image are compressed
-    flops = efficiency.voco_cost(config, read,
-                                 num_voco_tokens=method.num_voco_tokens).prefill
+    parts = efficiency.voco_cost(config, read,
+                                 num_voco_tokens=method.num_voco_tokens)
     tokens = np.repeat((read + method.num_voco_tokens)[:, None], M, axis=1)
   else:
     extra = text + method.num_voco_tokens
-    flops = efficiency.prefill_cost(config, answers.entering, extra).prefill
+    parts = efficiency.prefill_cost(
+        config, answers.entering, extra,
+        resampler_flops=efficiency.resampler_flops(config))
     tokens = answers.entering + extra[:, None]
-  return (float(np.mean(flops)),
-          float(np.mean(efficiency.kv_bytes(
-              config.text, tokens, config.dtype))))
+  values = {
+      'prefill_flops': parts.prefill,
+      'prefill_flops_dense': parts.prefill - parts.decoder
+                             + parts.decoder_dense,
+      'vision_flops': parts.vision,
+      'projector_flops': parts.projector + parts.resampler,
+      'selector_flops': parts.selector,
+      'kv_bytes': efficiency.kv_bytes(config.text, tokens, config.dtype)}
+  return {name: float(np.mean(value)) for name, value in values.items()}

@@ -16,12 +16,12 @@ import os
 import pathlib
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
 
+from vlm_compress.atomic import write_text
 from vlm_compress.config import ConfigError, check
 from vlm_compress.eval import figures, html_page, markdown_page, tables
 from vlm_compress.eval import page as page_lib
@@ -47,7 +47,7 @@ def write_report(report: Mapping[str, Any], workdir: str | os.PathLike[str], *,
       [{'image_png_base64', 'question', 'answer', 'predictions': {method:
       text}, 'keep_maps': {method: [module][g][g]}, 'thresholds': {method:
       [module][2]}}]}; all but rows may be left out.
-    workdir: an existing directory.
+    workdir: created if absent.
     allow_partial: accept a table without its floors, marked as partial.
 
   Returns:
@@ -65,10 +65,10 @@ def write_report(report: Mapping[str, Any], workdir: str | os.PathLike[str], *,
         'source and licence')
   folder = pathlib.Path(workdir)
   paths = {ext: folder / f'report.{ext}' for ext in ('json', 'md', 'html')}
-  _write_atomic(paths['json'], _json({**report, 'partial': missing}))
+  write_text(paths['json'], _json({**report, 'partial': missing}))
   page = _page(report, parts, missing)
-  _write_atomic(paths['md'], markdown_page.render(page))
-  _write_atomic(paths['html'], html_page.render(page))
+  write_text(paths['md'], markdown_page.render(page))
+  write_text(paths['html'], html_page.render(page))
   return paths
 
 
@@ -163,20 +163,6 @@ def _json(report: Mapping[str, Any]) -> str:
   except (TypeError, ValueError) as error:
     raise ConfigError(f'report.json: {error}; give plain finite values'
                       ) from error
-
-
-def _write_atomic(path: pathlib.Path, text: str) -> None:
-  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-  try:
-    with os.fdopen(handle, 'w', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(name, 0o644)  # mkstemp makes files that only the owner may read.
-    os.replace(name, path)
-  except BaseException:
-    pathlib.Path(name).unlink(missing_ok=True)
-    raise
 
 
 # --------------------------------------------------------------- terminal

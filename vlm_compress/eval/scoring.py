@@ -44,6 +44,12 @@ def exact_match(predictions: Sequence[str],
                    for p, a in zip(predictions, answers)], dtype=bool)
 
 
+def word_accuracy(prediction: str, answer: str) -> float:
+  """Share of the answer's words that stand at their place, 0..1."""
+  words, wanted = normalise(prediction).split(), normalise(answer).split()
+  return sum(a == b for a, b in zip(words, wanted)) / max(len(wanted), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Interval:
   """A mean over questions with its 95 % interval.

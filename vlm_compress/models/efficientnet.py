@@ -38,7 +38,6 @@ STEM_FEATURES = 32
 HEAD_FEATURES = 1280
 NUM_CLASSES = 1000
 FEATURE_BLOCK = 10  # the last block of stride 16
-FEATURE_SIZE = BLOCKS[FEATURE_BLOCK][3]
 FEATURE_STRIDE = 16  # pixels per visual token and side
 NORM_EPS = 1e-3
 

@@ -75,7 +75,7 @@ class _Body(nn.Module):
     mask, bias, entering = shared.mask, None, None
     if shared.prune is not None:
       entering = state.keep
-      mask, bias = atp.attention_bias(state.keep, shared.prune, mask)
+      mask, bias = atp.masked_by_keep(state.keep, shared.prune, mask)
     own_mask, own_bias = mask, bias
     if shared.read_shift is not None:
       reads = shared.reads[:, :, None]

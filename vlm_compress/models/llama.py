@@ -34,7 +34,7 @@ class Attention(nn.Module):
     """See DecoderLayer; returns output, rotated q, rotated k and v."""
     cfg = self.config
     B, T, _ = x.shape
-    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.size_per_head
 
     def project(heads, name, axis):
       dense = linear(heads * H, ('embed', axis), name=name,

@@ -8,7 +8,6 @@ or two, and soft or hard pruning.
 from __future__ import annotations
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +17,7 @@ from vlm_compress.compress.baselines.qformer import QFormer
 from vlm_compress.compress.voco import hidden_from_text, voco_mask
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.models.clip_vit import ClipVisionTower
+from vlm_compress.models.inputs import Prefix, PruneOptions
 from vlm_compress.models.language_model import LanguageModel
 from vlm_compress.models.layer_stack import StackInputs, StackOutputs
 from vlm_compress.models.projector import Projector
@@ -27,39 +27,6 @@ from vlm_compress.nn.linear import linear
 from vlm_compress.nn.masks import causal_mask
 from vlm_compress.nn.rope import rope
 from vlm_compress.sharding import constrain
-
-
-@flax.struct.dataclass
-class PruneOptions:
-  """How the modules of an ATP model run.
-
-  Attributes:
-    temperature: float32[], tau of soft masks.
-    threshold_shift: float32[], the dial at inference; None takes the config's.
-    row_ids: int32[B], for the selector 'random'; None gives zeros.
-    seed: int32[], for the selector 'random'.
-    hard: masks are 0 or 1 (inference).
-  """
-  temperature: jax.Array | float = 1.0
-  threshold_shift: jax.Array | None = None
-  row_ids: jax.Array | None = None
-  seed: jax.Array | int = 0
-  hard: bool = flax.struct.field(pytree_node=False, default=True)
-
-
-@flax.struct.dataclass
-class Prefix:
-  """Keys and values of compressed images, in front of text.
-
-  Attributes:
-    keys, values: float[M, B, S, K, H], keys at their read positions.
-    valid: bool[B, S].
-    order: int32[B, S], text at a later position may read them.
-  """
-  keys: jax.Array
-  values: jax.Array
-  valid: jax.Array
-  order: jax.Array
 
 
 class Llava(nn.Module):
@@ -316,6 +283,30 @@ class Llava(nn.Module):
                     length=jnp.int32(T),
                     positions=pick(batch.read_positions) + 1)
     return self.language_model.logits(at_last), cache, out
+
+  def prefill_two_pass(self, batch: VocoBatch
+                       ) -> tuple[jax.Array, KVCache, StackOutputs]:
+    """`prefill` of VoCo prompts in two dense passes.
+
+    The cache holds keys and values of the VoCo tokens and of the text only.
+    """
+    prefix = self.compress(batch.text.features, batch.text.image_valid,
+                           batch.segment_ids, batch.voco_positions)
+    logits, out = self.read(batch.text, prefix)
+    valid = batch.text.valid
+    last = jnp.argmax(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
+    at_last = lambda x: jnp.take_along_axis(
+        x, last.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
+    join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2)
+    readable = jnp.concatenate([prefix.valid, valid], axis=1)
+    cache = KVCache(
+        keys=join(prefix.keys, out.keys),
+        values=join(prefix.values, out.values),
+        readable=jnp.broadcast_to(
+            readable, (out.keys.shape[0], *readable.shape)),
+        length=jnp.int32(readable.shape[1]),
+        positions=at_last(batch.text.positions) + 1)
+    return at_last(logits), cache, out
 
   def extend(self, tokens: jax.Array, cache: KVCache
              ) -> tuple[jax.Array, KVCache]:

@@ -241,7 +241,7 @@ def _stack_images(features: Sequence[np.ndarray], num_images: int
 
 @flax.struct.dataclass
 class VocoBatch:
-  """The same rows for the two-pass form of VoCo (methods: exact).
+  """The same rows for the two-pass form of VoCo (ours, exact).
 
   Attributes:
     text: the rows without their compression segments; [B, Tt].

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from vlm_compress.atomic import write_text
 from vlm_compress.config import ConfigError
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    temporary.write_text(text)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def claim_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
-from vlm_compress.train.checkpoint import write_text
+from vlm_compress.atomic import write_text
 
 
 def _summary_writer(workdir: pathlib.Path):

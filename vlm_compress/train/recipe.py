@@ -53,6 +53,7 @@ class Recipe:
           f'train.teacher={self.teacher!r}: use none, self or frozen')
     for name in ('steps', 'batch_size', 'log_steps', 'checkpoint_steps'):
       check(getattr(self, name) >= 1, f'train.{name}: at least 1')
+    check(self.seed >= 0, f'train.seed={self.seed}: not negative')
     check(0 <= self.warmup_steps < self.steps,
           f'train.warmup_steps={self.warmup_steps}: at least 0 and '
           f'less than train.steps={self.steps}')

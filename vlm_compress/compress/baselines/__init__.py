@@ -1,4 +1,4 @@
 """What the methods are compared with: shortening the visual sequence before
-the decoder (average pooling, Q-Former), and choosing tokens without looking
-(random, uniform grid), at equal budgets.
+the decoder, by average pooling or a Q-Former.  Random tokens and uniform grids
+are selectors of `compress/atp.py`.
 """

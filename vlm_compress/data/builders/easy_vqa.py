@@ -47,7 +47,7 @@ def package_dir() -> str:
     package = importlib.import_module('easy_vqa')
   except ImportError as error:
     raise ConfigError('the data set easy_vqa needs the package easy-vqa: '
-                      "pip install 'vlm-compress[demo]'") from error
+                      "pip install -e '.[demo]'") from error
   return os.path.join(os.path.dirname(os.path.abspath(package.__file__)),
                       'data')
 

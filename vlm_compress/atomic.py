@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all, also when the process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replace(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives a path to write to that becomes `path` when the block ends.
+
+  It lies in the same directory, which must exist.  If the block raises,
+  nothing of it is left and an older file stays as it was.
+
+  Args:
+    path: the file to be.
+
+  Yields:
+    The path to write to.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+  try:
+    yield temporary
+    with open(temporary, 'rb') as stream:
+      os.fsync(stream.fileno())  # the content is on disk before the name is
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes a text file, UTF-8, and the directories above it."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with replace(path) as temporary:
+    temporary.write_text(text, encoding='utf-8')
