@@ -101,7 +101,7 @@ def random_model(directory):
       lambda key: init_params(Llava(config), key), jax.random.key(0)))
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-      lambda x: np.float32(0.3 * rng.normal(size=x.shape)), shapes)
+      lambda x: np.float32(0.8 * rng.normal(size=x.shape)), shapes)
   files.save_model(directory, params, config, tokenizer)
   return config, params, tokenizer
 

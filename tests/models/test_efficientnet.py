@@ -191,7 +191,7 @@ def test_keys_that_do_not_balance_are_named():
 
 def test_a_missing_package_names_the_extra(cache, monkeypatch):
   monkeypatch.setattr(loader, 'PACKAGE', 'no_such_package_here')
-  with pytest.raises(ConfigError, match=r"vlm-compress\[demo\]"):
+  with pytest.raises(ConfigError, match=r"pip install -e '.\[demo\]'"):
     loader.load_efficientnet_lite0()
 
 

@@ -147,8 +147,8 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
     tensorboard: write event files.
 
   Returns:
-    The model's config, its parameters, and seconds of training (all sittings
-    that were not killed in between).
+    The model's config, its parameters, and seconds of the sitting that
+    finished it.
   """
   tokenizer = tokenizer_for(stage.data, split.examples)
   config = model_config(stage.model, tokenizer)
@@ -158,7 +158,7 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
     return config, load_params(result), float(clock.read_text())
   given = load_params(stage.init_from) if stage.init_from else None
   started = time.perf_counter()
-  params = fit(Llava(config, unroll=_unroll(config)), stage.recipe,
+  params = fit(Llava(config, unroll=_unroll(config, stage.recipe.steps)), stage.recipe,
                stage_batches(stage, config, split, tokenizer), workdir,
                params=given, tensorboard=tensorboard, message=message)
   seconds = time.perf_counter() - started
@@ -167,12 +167,12 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
   return config, params, seconds
 
 
-def _unroll(config: LlavaConfig) -> int:
-  """Layers per scan step: all of them where the program stays small.
+def _unroll(config: LlavaConfig, steps: int) -> int:
+  """Layers per scan step: all of them where that pays.
 
-  XLA's CPU backend runs a loop's body with less parallelism; unrolled, the
-  demo model trains about twice as fast.
+  XLA's CPU backend runs the body of a loop with less parallelism; without
+  one, steps of the demo model are faster, but compiling takes longer.
   """
-  small = config.text.num_hidden_layers <= 16
-  return (config.text.num_hidden_layers
-          if jax.default_backend() == 'cpu' and small else 1)
+  layers = config.text.num_hidden_layers
+  pays = jax.default_backend() == 'cpu' and layers <= 16 and steps >= 50
+  return layers if pays else 1
