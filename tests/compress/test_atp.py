@@ -15,6 +15,7 @@ from scipy.special import erf, expit
 from vlm_compress.compress import atp
 from vlm_compress.compress.spatial import spatial_scores, uniform_order
 from vlm_compress.config import AtpConfig
+from vlm_compress.nn.attention import attention_probs
 
 GRID, P = 4, 16
 CONFIG = AtpConfig(prune_after=(1, 2), threshold_hidden_size=8,
@@ -197,6 +198,27 @@ def test_mask_enters_on_the_key_side_but_for_the_token_itself(hard):
     expected[0, 3, 3] = 0.0
     np.testing.assert_allclose(bias, expected, atol=1e-6)
   np.testing.assert_array_equal(mask, want)
+
+
+def test_no_attention_logit_outweighs_a_token_that_is_gone():
+  """A soft mask of nearly 0 and a hard one leave the same attention."""
+  causal = jnp.tril(jnp.ones((1, 21, 21), bool))
+  q = jnp.full((1, 21, 1, 2), 40.0)
+  k = jnp.ones((1, 21, 1, 2)).at[0, 3].set(40.0)  # logits of 2263 and 57
+  got = []
+  for hard, gone in ((True, 0.0), (False, 0.0), (False, 0.9 * atp.GONE)):
+    keep = jnp.ones((1, 1, P)).at[0, 0, 2].set(gone)
+    mask, bias = atp.masked_by_keep(
+        keep, _inputs(hard=hard, rows=1, num_images=1), causal)
+    got.append(np.asarray(attention_probs(q, k, mask, bias))[0, 0, 0])
+  assert got[0][20, 3] == 0.0 and got[0][3, 3] == 1.0
+  np.testing.assert_array_equal(got[1], got[0])
+  np.testing.assert_array_equal(got[2], got[0])
+  # and the gradient of a mask that is gone is finite
+  slope = jax.grad(lambda x: jnp.sum(attention_probs(q, k, *atp.masked_by_keep(
+      jnp.ones((1, 1, P)).at[0, 0, 2].set(x),
+      _inputs(hard=False, rows=1, num_images=1), causal))[..., 20, 4]))
+  assert float(slope(0.0)) == 0.0 and np.isfinite(float(slope(0.5)))
 
 
 def test_redundancy_and_masks_of_a_module_follow_the_formulas():

@@ -1,7 +1,7 @@
 """vlm-compress evaluate: a trained model on a test split.
 
   vlm-compress evaluate --config=configs/quickstart.py:atp \
-    --checkpoint=quickstart/atp/model --reference=quickstart/instruct/model
+    --checkpoint=quickstart/atp/model --reference=vlm_compress/checkpoints/quickstart
 
 With --reference (the model before compression) the floors at equal tokens,
 the bounds and the ratios stand beside it.

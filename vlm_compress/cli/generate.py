@@ -25,7 +25,7 @@ from vlm_compress.data.rows import RowSpec, layout
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.decode.generate import generate
 from vlm_compress.models.llava import Llava, PruneOptions
-from vlm_compress.models.sequence import make_batch
+from vlm_compress.models.sequence import make_batch, split_voco
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,10 +81,12 @@ def main(argv: list[str]) -> int:
                tokenizer, config, count, prompt_only=True)
   batch = make_batch([row], [features], length=len(row['input_ids']),
                      num_images=1)
+  if method == 'voco':  # in two passes
+    batch = split_voco(batch, config, int((row['image_ids'] == 0).sum()))
   model = Llava(config)
   run = jax.jit(lambda params, batch: generate(
       model, params, batch, max_new_tokens=args.max_new_tokens,
-      eos_id=tokenizer.eos_id, mask='voco' if method == 'voco' else 'causal',
+      eos_id=tokenizer.eos_id,
       prune=PruneOptions() if method == 'atp' else None,
       temperature=args.temperature, top_p=args.top_p, seed=args.seed))
   result = run(params, batch)

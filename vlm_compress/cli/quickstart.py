@@ -25,6 +25,7 @@ from rich.console import Console
 
 import vlm_compress
 from vlm_compress.cli import results
+from vlm_compress.cli.arguments import Parser, number
 from vlm_compress.cli.quickstart_config import get_config
 from vlm_compress.cli.stage import Stage, bridge, run_stage
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
@@ -40,14 +41,14 @@ PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 def parser() -> argparse.ArgumentParser:
   """The command line."""
-  p = argparse.ArgumentParser(prog='vlm-compress quickstart',
-                              description=__doc__.splitlines()[0])
+  p = Parser(prog='vlm-compress quickstart',
+             description=__doc__.splitlines()[0])
   p.add_argument('--workdir', type=pathlib.Path, default='quickstart',
                  help='data, checkpoints and report go here (%(default)s)')
-  p.add_argument('--seed', type=int, default=0,
+  p.add_argument('--seed', type=number(int, 0), default=0,
                  help='of training and random selection (%(default)s)')
   p.add_argument('--from-scratch', action='store_true',
-                 help='train the base model too (about half an hour more)')
+                 help='train the base model too (a few times as long)')
   p.add_argument('--export-base', type=pathlib.Path, metavar='DIR',
                  help='write the base model there in bfloat16; with '
                  '--from-scratch, how the shipped one was made')

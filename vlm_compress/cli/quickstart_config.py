@@ -2,7 +2,7 @@
 
 Command:   vlm-compress quickstart [--workdir DIR] [--seed N]
 One stage: vlm-compress train --config=configs/quickstart.py:voco8 \\
-             --workdir=quickstart/voco8 --config.init_from=quickstart/base
+             --workdir=quickstart/voco8 --config.init_from=vlm_compress/checkpoints/quickstart
 Hardware:  2 CPU cores, 6 GB.
 Expected:  the table in the README.
 

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from vlm_compress.cli import results
+from vlm_compress.cli.arguments import Parser, number
 from vlm_compress.cli.quickstart import versions
 from vlm_compress.cli.stage import bridge, run_stage
 from vlm_compress.cli.train import load_module
@@ -32,15 +33,15 @@ from vlm_compress.train.checkpoint import write_text
 
 def parser() -> argparse.ArgumentParser:
   """The command line."""
-  p = argparse.ArgumentParser(prog='vlm-compress study',
-                              description=__doc__.splitlines()[0])
+  p = Parser(prog='vlm-compress study',
+             description=__doc__.splitlines()[0])
   p.add_argument('--config', default='configs/study.py',
                  help='page with PLAN and get_config (%(default)s)')
   p.add_argument('--workdir', type=pathlib.Path, default='study',
                  help='(%(default)s)')
   p.add_argument('--base', type=pathlib.Path,
                  help='model that all runs start from; default: trained here')
-  p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
+  p.add_argument('--seeds', type=number(int, 0), nargs='+', default=[0, 1, 2],
                  help='(%(default)s)')
   p.add_argument('--stages', nargs='+', help='only these of PLAN')
   p.add_argument('--allow-partial', action='store_true',

@@ -1,7 +1,7 @@
 """vlm-compress train: one stage from a config page.
 
   vlm-compress train --config=configs/quickstart.py:voco8 \
-    --config.init_from=quickstart/base/model --workdir=runs/voco8
+    --config.init_from=vlm_compress/checkpoints/quickstart --workdir=runs/voco8
 
 Fields of the config are set with --config.section.field=value.  Run it again
 with the same --workdir and it goes on where it stopped.

@@ -22,7 +22,11 @@ from vlm_compress.compress.importance import normalise, received_attention
 from vlm_compress.compress.spatial import spatial_scores, uniform_order
 from vlm_compress.config import AtpConfig
 
-_EPS = 1e-9  # log of a mask: exp(log(0 + eps)) must vanish in float32
+# A key whose soft mask is below this is not attended to at all.  With a bias of
+# log(M + eps) alone, training learns attention logits that outweigh log(eps):
+# with eps = 1e-9 a model was right on 94 % under soft masks of temperature 1e6
+# and on 42 % under the same masks made hard.
+GONE = 1e-4
 
 
 @flax.struct.dataclass
@@ -192,8 +196,8 @@ def masked_by_keep(keep: jax.Array, inputs: PruneInputs, mask: jax.Array
                    ) -> tuple[jax.Array, jax.Array | None]:
   """How a keep mask enters attention (DynamicViT style, ours).
 
-  Every query but the token itself sees a key's mask: as log(M + eps) while
-  soft, by not being allowed to attend when hard.
+  Every query but the token itself sees a key's mask: as log M while soft, by
+  not being allowed to attend when hard, or when M is below GONE.
 
   Args:
     keep: float32[B, I, P].
@@ -207,7 +211,8 @@ def masked_by_keep(keep: jax.Array, inputs: PruneInputs, mask: jax.Array
   itself = jnp.eye(mask.shape[1], dtype=bool)
   if inputs.hard:
     return mask & ((keys > 0.5) | itself), None
-  return mask, jnp.where(itself, 0.0, jnp.log(keys + _EPS))
+  bias = jnp.where(itself, 0.0, jnp.log(jnp.maximum(keys, GONE)))
+  return mask & ((keys > GONE) | itself), bias
 
 
 def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
