@@ -80,11 +80,11 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
       'atp': (_model(atp={'prune_after': (1, 3, 6),
                           'target_tokens': ATP_TARGET,
                           'lambda_target': 2.0, 'lambda_atp': 0.02,
-                          # soft masks end as good as hard
+                          # soft masks must end as good as hard ones
                           'temperature_end': 1000.0}),
               {'one_turn': True, 'length': 82, 'kinds': ATP_KINDS},
-              {'stage': 'atp', 'steps': 500, 'batch_size': 48,
-               'learning_rate': 1.5e-3, 'warmup_steps': 20}),
+              {'stage': 'atp', 'steps': 300, 'batch_size': 48,
+               'learning_rate': 1e-3, 'warmup_steps': 20}),
   }[stage]
   return ConfigDict({
       'model': model,
