@@ -96,8 +96,8 @@ def test_nothing_points_outside():
     ('file:///' + 'Users/me', 1),
     ('as in ..' + '/shared/design.md', 1),
     ('a\n/' + 'work/x\n/' + 'opt/y', 2),
-    ('https://example.com/work/x and gs://bucket/tmp/y', 0),
-    ('~/work/x ${ROOT}/tmp/y "$dir"/z ./home/a', 0),
+    ('https://example.com/' + 'work/x and gs://bucket/' + 'tmp/y', 0),
+    ('~/' + 'work/x ${ROOT}/' + 'tmp/y "$dir"/z ./home/a', 0),
     ('#!/usr/bin/env bash, /dev/null', 0),
 ])
 def test_path_check_can_fail(text, count):
