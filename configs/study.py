@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vlm_compress.cli import quickstart_config
 
-STEPS = 400
+STEPS = 350
 # In the order they run; floors that take their counts from an ATP run follow.
 PLAN = ('ub', 'voco1', 'voco2', 'voco4', 'voco8', 'pool1', 'qformer1',
         'atp25', 'random25', 'uniform25', 'fixed25', 'pool25', 'atp35',
@@ -50,7 +50,7 @@ def _frozen(config: dict) -> dict:
 def _one_turn(config: dict) -> dict:
   """Trained on as many rows, of one turn, as the pruned models are."""
   config['rows'].update(one_turn=True, length=82)
-  config['train'].update(batch_size=48)
+  config['train'].update(batch_size=32)
   return config
 
 
@@ -63,12 +63,13 @@ def _resampler(kind: str, num_tokens: int) -> dict:
 def _pruned(selector: str, percent: float) -> dict:
   tokens = quickstart_config.NUM_VISUAL * percent / 100
   atp = {'prune_after': (1, 3, 6), 'selector': selector,
-         'target_tokens': tokens, 'lambda_target': 2.0, 'lambda_atp': 0.02}
+         'target_tokens': tokens, 'lambda_target': 2.0, 'lambda_atp': 0.02,
+         **quickstart_config.ATP_TRAINING}
   if selector != 'adaptive':
     atp['fixed_counts'] = (1, 1, 1)  # the study sets them from the ATP run
   return {'model': {'voco': None, 'atp': atp},
           'rows': {'num_voco_tokens': (0,), 'one_turn': True, 'length': 82},
-          'train': {'stage': 'atp', 'batch_size': 48}}
+          'train': {'stage': 'atp', 'batch_size': 32}}
 
 
 def get_config(stage: str = 'base') -> ConfigDict:

@@ -16,7 +16,7 @@ RESAMPLERS = ('none', 'avg_pool', 'avg_pool_linear', 'qformer')
 SELECTORS = ('adaptive', 'fixed', 'random', 'uniform')
 SCORE_NORMS = ('relative', 'minmax', 'rank')
 SCORES = ('both', 'self', 'cross')
-FAIR_SHARES = ('flat', 'queries')
+CROSS_QUERIES = ('all', 'last')
 CRITERIA = ('both', 'redundant', 'spatial')
 DTYPES = ('float32', 'bfloat16')
 
@@ -167,9 +167,9 @@ class AtpConfig:
     fixed_counts: tokens kept by each module, for all selectors but adaptive.
     scores: which importance scores make the redundancy score.
     score_norm: how raw scores are brought to (0, 1).
-    fair_share: what attention received from visual tokens is divided by:
-      'flat', what the token would receive if every query attended evenly, or
-      'queries', the number of queries that can see it.
+    cross_queries: whose attention makes the cross score: 'all' prompt text
+      behind the image (the paper), or its 'last' token, which has read the
+      whole question (ours, as FastV and PyramidDrop look).
     criteria: 'both', or only 'redundant' or 'spatial' pruning (ablations).
     sap_strides: strides of the nested uniform grids, coarse ones last;
       () takes the chain of divisors 1 | 2 | 4 ... or 1 | 3 | 6 ... that fits.
@@ -187,7 +187,7 @@ class AtpConfig:
   fixed_counts: tuple[int, ...] = ()
   scores: str = 'both'
   score_norm: str = 'relative'
-  fair_share: str = 'flat'
+  cross_queries: str = 'all'
   criteria: str = 'both'
   sap_strides: tuple[int, ...] = ()
   sap_lambda: float = 3.0
@@ -211,7 +211,7 @@ class AtpConfig:
     for name, value, allowed in (
         ('selector', self.selector, SELECTORS), ('scores', self.scores, SCORES),
         ('score_norm', self.score_norm, SCORE_NORMS),
-        ('fair_share', self.fair_share, FAIR_SHARES),
+        ('cross_queries', self.cross_queries, CROSS_QUERIES),
         ('criteria', self.criteria, CRITERIA)):
       check(value in allowed, f'atp.{name}={value!r}: use one of {allowed}')
     if self.selector == 'adaptive':

@@ -39,7 +39,7 @@ def test_every_stage_of_the_page_is_a_config():
   stages = {name: bridge(page.get_config(name)) for name in page.PLAN}
   assert stages['voco1_kl'].recipe.teacher == 'frozen'
   assert stages['atp25_frozen'].recipe.trainable == ('atp/',)
-  pruned = [s for s in stages.values() if s.recipe.batch_size == 48]
+  pruned = [s for s in stages.values() if s.recipe.batch_size == 32]
   assert len(pruned) == 8 and all(s.rows.one_turn for s in pruned)
   assert len({s.recipe.steps for s in stages.values()}) == 1
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_compress.compress.importance import normalise, received_attention
+from vlm_compress.compress.importance import cross_queries, normalise, received_attention
 from vlm_compress.nn.masks import causal_mask
 
 B, T, N, K, H = 2, 21, 4, 2, 8
@@ -37,9 +37,8 @@ def _inputs(seed=0, soft=False):
               prompt_weight=prompt.astype(np.float32))
 
 
-def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight,
-                   fair_share):
-  """Probability received, divided by a fair share or by the queries."""
+def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight):
+  """Mean probability received from the queries that can see a token."""
   out = np.zeros((2, B, T))
   for b in range(B):
     probs = np.zeros((T, T))
@@ -47,8 +46,6 @@ def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight,
       logits = q[b, :, n].astype(np.float64) @ k[b, :, n // (N // K)].T
       logits = logits / np.sqrt(H) + (0 if bias is None else bias[b])
       weights = np.exp(logits) * mask[b]
-      flat = np.exp(0 if bias is None else bias[b]) * mask[b]
-      flat = flat / np.maximum(flat.sum(1, keepdims=True), 1e-30)
       probs += weights / np.maximum(weights.sum(1, keepdims=True), 1e-30) / N
     for j in range(T):
       for which in (0, 1):
@@ -59,24 +56,21 @@ def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight,
             same = image_ids[b, t] == image_ids[b, j]
             weight = visual_weight[b, t] * same
           if mask[b, t, j]:
-            fair = flat[t, j] if which == 0 and fair_share == 'flat' else 1.0
-            total, count = total + weight * probs[t, j], count + weight * fair
+            total, count = total + weight * probs[t, j], count + weight
         out[which, b, j] = total / count if count > 0 else 0.0
   return out
 
 
-@functools.partial(jax.jit, static_argnames=('block_size', 'fair_share'))
-def _scores(inputs, block_size=256, fair_share='flat'):
-  return received_attention(**inputs, fair_share=fair_share,
-                            block_size=block_size)
+@functools.partial(jax.jit, static_argnames='block_size')
+def _scores(inputs, block_size=256):
+  return received_attention(**inputs, block_size=block_size)
 
 
-@pytest.mark.parametrize('fair_share', ['flat', 'queries'])
 @pytest.mark.parametrize('soft', [False, True])
-def test_equals_the_definition(soft, fair_share):
+def test_equals_the_definition(soft):
   inputs = _inputs(soft=soft)
-  want = _by_definition(**inputs, fair_share=fair_share)
-  got = np.stack(_scores(inputs, fair_share=fair_share))
+  want = _by_definition(**inputs)
+  got = np.stack(_scores(inputs))
   assert want[0].max() > 0.05 and want[1].max() > 0.05
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -125,31 +119,27 @@ def test_image_without_prompt_behind_it_has_no_cross_score():
   assert (np.asarray(cross[:, 1:7]) > 0.0).all()
 
 
-@pytest.mark.parametrize('soft', [False, True])
-def test_early_tokens_do_not_win_by_position(soft):
-  """Attention that prefers nobody gives every token the same self score."""
-  inputs = _inputs(soft=soft)
-  inputs['q'] = np.zeros_like(inputs['q'])
-  inputs['visual_weight'] = (inputs['image_ids'] > 0).astype(np.float32)
-  self_score, cross_score = _scores(inputs)
-  for image in (slice(1, 7), slice(9, 15)):
-    for score in (self_score,) if soft else (self_score, cross_score):
-      np.testing.assert_allclose(score[:, image],
-                                 np.broadcast_to(score[:, image][:, :1],
-                                                 (B, 6)), rtol=1e-5)
-    # fair means 1; the number of queries alone would favour the first
-    np.testing.assert_allclose(self_score[:, image], 1.0, rtol=1e-5)
-    if soft:
-      continue
-    by_queries = _scores(inputs, fair_share='queries')[0][:, image]
-    assert (np.asarray(by_queries[:, 0]) > 1.1 * by_queries[:, -1]).all()
+def test_flat_attention_favours_early_tokens_by_a_known_factor():
+  """The mean over queries leaves it: the first of 64 scores 4.7 times the last."""
+  zeros = np.zeros((1, 64, 1, 4), np.float32)
+  ones = np.ones((1, 64), np.float32)
+  mask = np.tril(np.ones((1, 64, 64), bool))
+  score, _ = received_attention(zeros, zeros, mask, None,
+                                ones.astype(np.int32), ones, ones)
+  want = np.array([(1 / np.arange(j, 65)).sum() / (65 - j)
+                   for j in range(1, 65)])
+  np.testing.assert_allclose(score[0], want, rtol=1e-5)
+  assert round(want[0] / want[-1], 1) == 4.7
 
 
-def test_dividing_by_the_queries_favours_the_first_of_64_tokens():
-  """Flat attention: the first of 64 would score 4.7 times the last."""
-  received = np.tril(np.ones((64, 64)) / np.arange(1, 65)[:, None]).sum(0)
-  per_query = received / np.arange(64, 0, -1)
-  assert round(per_query[0] / per_query[-1], 1) == 4.7
+def test_queries_of_the_cross_score():
+  """All prompt text, or the last of it; nothing where there is no prompt."""
+  prompt = np.array([[0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0],
+                     [1, 0, 0, 1, 1, 1]], bool)
+  np.testing.assert_array_equal(cross_queries(prompt, 'all'), prompt)
+  np.testing.assert_array_equal(
+      cross_queries(prompt, 'last'),
+      [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
 
 
 def test_relative_by_hand():

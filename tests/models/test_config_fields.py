@@ -246,7 +246,7 @@ PROBES = {
         'fixed_counts': (FIXED, (8, 4, 1), logits),
         'scores': (ATP, 'self', logits),
         'score_norm': (ATP, 'rank', logits),
-        'fair_share': (ATP, 'queries', logits),
+        'cross_queries': (ATP, 'last', logits),
         'criteria': (ATP, 'redundant', logits),
         'sap_strides': (ATP, (2,), logits),
         'sap_lambda': (ATP, 1.0, logits),

@@ -52,6 +52,17 @@ VOCO_ROWS = {'kinds': {'what': 9, 'caption': 1, 'count': 2, 'category': 3},
 ATP_KINDS = {'what': 9, 'caption': 2, 'count': 1, 'category': 2}
 
 
+# Departures from AtpConfig's defaults that a short training needs:
+ATP_TRAINING = {
+    # only the last prompt token of so small a decoder knows what is asked
+    'cross_queries': 'last',
+    # below 30, training learns to read tokens that are almost gone; at the
+    # end soft masks must be as good as hard ones
+    'temperature_start': 30.0, 'temperature_end': 1000.0,
+    # near enough to the scores for later modules to feel a steep sigmoid
+    'init_theta_r': 0.3}
+
+
 def get_config(stage: str = 'instruct') -> ConfigDict:
   """The config of a stage: align, instruct, voco8, voco1 or atp."""
   model, rows, train = {
@@ -80,11 +91,10 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
       'atp': (_model(atp={'prune_after': (1, 3, 6),
                           'target_tokens': ATP_TARGET,
                           'lambda_target': 2.0, 'lambda_atp': 0.02,
-                          # soft masks must end as good as hard ones
-                          'temperature_end': 1000.0}),
+                          **ATP_TRAINING}),
               {'one_turn': True, 'length': 82, 'kinds': ATP_KINDS},
-              {'stage': 'atp', 'steps': 300, 'batch_size': 48,
-               'learning_rate': 1e-3, 'warmup_steps': 20}),
+              {'stage': 'atp', 'steps': 350, 'batch_size': 32,
+               'learning_rate': 1.5e-3, 'warmup_steps': 20}),
   }[stage]
   return ConfigDict({
       'model': model,

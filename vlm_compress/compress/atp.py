@@ -39,7 +39,7 @@ class PruneInputs:
     image_valid: bool[B, I].
     visual_slots: int32[B, T], inverse of visual_index, -1 for other tokens.
     image_ids: int32[B, T], >= 1 for visual tokens.
-    prompt_weight: float32[B, T], 1 for prompt text behind an image.
+    prompt_weight: float32[B, T], 1 for queries of the cross score.
     order: int32[B, I, P], ranks for the selectors random and uniform.
     temperature: float32[], tau of the soft masks.
     threshold_shift: float32[], added to the logits of both thresholds.
@@ -236,8 +236,7 @@ def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
   ).reshape(keep.shape)
   raw = received_attention(
       q, k, mask, bias, inputs.image_ids,
-      token_keep(keep, inputs) * is_visual, inputs.prompt_weight,
-      config.fair_share)
+      token_keep(keep, inputs) * is_visual, inputs.prompt_weight)
   self_score, cross_score = (
       normalise(on_canvas(x), keep, config.score_norm) for x in raw)
   redundancy = {'both': (self_score + cross_score) / 2, 'self': self_score,

@@ -3,11 +3,12 @@
 Self-modality score (Eq. 3): attention received from visual tokens of its own
 image.  Cross-modality score (Eq. 4): attention received from prompt text.
 Both are post-softmax probabilities averaged over heads (ours).  Early tokens
-are seen by more queries than late ones, so the self score is divided by a
-fair share (ours): what the token would receive if every query attended evenly
-to all it may see.  Dividing by the number of queries instead leaves a bias,
-because early queries have fewer keys to share their attention among: with
-flat attention over 64 tokens, the first would still score 4.7 times the last.
+are seen by more queries than late ones, so scores are means over the queries
+that can see the token (ours).  Some of the bias stays, because early queries
+have fewer keys to share their attention among: with flat attention over 64
+tokens, the first scores 4.7 times the last.  Dividing by what flat attention
+would give removes it and was tried: late tokens, which few see besides
+themselves, then win, and training was much worse.
 
 No B x N x T x S map is stored: queries are taken in blocks and reduced to
 column sums, so memory is O(block * S).
@@ -26,8 +27,7 @@ _EPS = 1e-9
 def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
                        bias: jax.Array | None, image_ids: jax.Array,
                        visual_weight: jax.Array, prompt_weight: jax.Array,
-                       fair_share: str = 'flat', block_size: int = 256
-                       ) -> tuple[jax.Array, jax.Array]:
+                       block_size: int = 256) -> tuple[jax.Array, jax.Array]:
   """Mean attention that every token receives from image and from prompt.
 
   Args:
@@ -37,8 +37,7 @@ def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
     image_ids: int32[B, T], >= 1 for tokens of an image.
     visual_weight: float32[B, T], 1 for kept visual queries, 0 for the rest
       (in between while masks are soft).
-    prompt_weight: float32[B, T], 1 for prompt text after an image.
-    fair_share: 'flat' or 'queries', see AtpConfig.
+    prompt_weight: float32[B, T], 1 for prompt queries, see `cross_queries`.
     block_size: queries per block.
 
   Returns:
@@ -57,15 +56,11 @@ def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
     block_bias = None if bias is None else take(bias)
     probs = attention_probs(take(q), k, block_mask, block_bias)
     probs = jnp.mean(probs, axis=(1, 2)) * block_mask
-    share = block_mask.astype(jnp.float32)
-    if fair_share == 'flat':
-      share = share if bias is None else share * jnp.exp(block_bias)
-      share = share / jnp.maximum(share.sum(-1, keepdims=True), _EPS)
     same_image = take(image_ids)[:, :, None] == image_ids[:, None, :]
     visual = (take(visual_weight) * fresh)[:, :, None] * same_image
     prompt = (take(prompt_weight) * fresh)[:, :, None]
     return jnp.stack([
-        jnp.sum(probs * visual, axis=1), jnp.sum(share * visual, axis=1),
+        jnp.sum(probs * visual, axis=1), jnp.sum(block_mask * visual, axis=1),
         jnp.sum(probs * prompt, axis=1), jnp.sum(block_mask * prompt, axis=1)])
 
   if num_blocks == 1:
@@ -75,6 +70,22 @@ def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
   self_score = sums[0] / jnp.maximum(sums[1], _EPS)
   cross_score = sums[2] / jnp.maximum(sums[3], _EPS)
   return self_score, cross_score
+
+
+def cross_queries(prompt_mask: jax.Array, which: str) -> jax.Array:
+  """Weights of the queries that make the cross score.
+
+  Args:
+    prompt_mask: bool[B, T], prompt text behind an image.
+    which: 'all' of it, or the 'last' of each row.
+
+  Returns:
+    float32[B, T], 0 or 1.
+  """
+  if which == 'last':
+    later = jnp.cumsum(prompt_mask[:, ::-1], axis=1)[:, ::-1]
+    prompt_mask = prompt_mask & (later == 1)
+  return prompt_mask.astype(jnp.float32)
 
 
 def normalise(score: jax.Array, keep: jax.Array, how: str) -> jax.Array:

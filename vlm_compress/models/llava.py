@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from vlm_compress.compress import atp
 from vlm_compress.compress.baselines.pooling import average_pool
 from vlm_compress.compress.baselines.qformer import QFormer
+from vlm_compress.compress.importance import cross_queries
 from vlm_compress.compress.voco import hidden_from_text, voco_mask
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.models.clip_vit import ClipVisionTower
@@ -141,7 +142,7 @@ class Llava(nn.Module):
         heads=self.atp() if cfg.atp.selector == 'adaptive' else None,
         visual_index=index, image_valid=batch.image_valid,
         visual_slots=slots, image_ids=batch.image_ids,
-        prompt_weight=batch.prompt_mask.astype(jnp.float32),
+        prompt_weight=cross_queries(batch.prompt_mask, cfg.atp.cross_queries),
         order=atp.selection_order(cfg.atp.selector, (B, I, P),
                                   cfg.vision.grid_size, row_ids,
                                   options.seed),
