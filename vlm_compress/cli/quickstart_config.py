@@ -58,7 +58,7 @@ ATP_TRAINING = {
     'cross_queries': 'last',
     # below 30, training learns to read tokens that are almost gone; at the
     # end soft masks must be as good as hard ones
-    'temperature_start': 30.0, 'temperature_end': 1000.0,
+    'temperature_start': 30.0, 'temperature_end': 300.0,
     # near enough to the scores for later modules to feel a steep sigmoid
     'init_theta_r': 0.3}
 

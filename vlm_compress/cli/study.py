@@ -20,15 +20,16 @@ from rich.console import Console
 
 from vlm_compress.cli import results
 from vlm_compress.cli.arguments import Parser, number
-from vlm_compress.cli.quickstart import versions
-from vlm_compress.cli.stage import bridge, run_stage
+from vlm_compress.cli.quickstart import SHIPPED, versions
+from vlm_compress.cli.stage import Stage, bridge, describe, run_stage
 from vlm_compress.cli.train import load_module
 from vlm_compress.cli.workspace import open_split, tokenizer_for
+from vlm_compress.config import check
 from vlm_compress.convert.files import load_config, load_params
 from vlm_compress.eval import scoring
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.report import print_table, write_report
-from vlm_compress.train.checkpoint import write_text
+from vlm_compress.train.checkpoint import claim_workdir, write_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,8 +40,9 @@ def parser() -> argparse.ArgumentParser:
                  help='page with PLAN and get_config (%(default)s)')
   p.add_argument('--workdir', type=pathlib.Path, default='study',
                  help='(%(default)s)')
-  p.add_argument('--base', type=pathlib.Path,
-                 help='model that all runs start from; default: trained here')
+  p.add_argument('--base', type=pathlib.Path, default=SHIPPED,
+                 help='model that all runs start from; default: the one that '
+                 'ships with the package')
   p.add_argument('--seeds', type=number(int, 0), nargs='+', default=[0, 1, 2],
                  help='(%(default)s)')
   p.add_argument('--stages', nargs='+', help='only these of PLAN')
@@ -55,46 +57,56 @@ def main(argv: list[str]) -> int:
   page = load_module(args.config)
   console = Console(stderr=True)
   say = lambda line: console.print(line, markup=False, highlight=False)
-  stage = bridge(page.get_config('base'))
+  stage = bridge(page.get_config(page.PLAN[0]))
   train = open_split(stage.data, stage.data.train_split, args.workdir, say)
   test = open_split(stage.data, stage.data.test_split, args.workdir, say)
-  if args.base is None:
-    say('[base]')
-    run_stage(stage, args.workdir / 'base', train, message=say)
-    args.base = args.workdir / 'base' / 'model'
   base = (load_config(args.base), load_params(args.base))
   for seed in args.seeds:
     for name in [n for n in page.PLAN if n in (args.stages or page.PLAN)]:
-      done = args.workdir / f'seed{seed}' / name / 'rows.json'
-      if not done.exists():
+      here = args.workdir / f'seed{seed}' / name
+      stage = stage_of(page, name, seed, args)
+      claim_workdir(here, describe(stage))
+      if not (here / 'rows.json').exists():
         say(f'[seed {seed}: {name}]')
-        rows = one(page, name, seed, args, train, test, base, say)
-        write_text(done, json.dumps(rows))
+        rows = one(stage, name, here, train, test, base, say)
+        write_text(here / 'rows.json', json.dumps(rows))
   found = sorted(args.workdir.glob('seed*/*/rows.json'))
   rows = [row for path in found for row in json.loads(path.read_text())]
   finish(rows)
   paths = write_report(
       {'rows': rows, 'versions': versions(), 'attribution': test.attribution,
-       'config': json.loads(page.get_config('base').to_json_best_effort())},
+       'config': {name: json.loads(page.get_config(name).to_json_best_effort())
+                  for name in page.PLAN}},
       args.workdir, allow_partial=args.allow_partial)
   print_table(rows, allow_partial=args.allow_partial)
   print(f'report: {paths["html"]}')
   return 0
 
 
-def one(page, name: str, seed: int, args, train, test, base, say
-        ) -> list[dict[str, Any]]:
-  """Trains one stage of one seed and returns its rows."""
+def stage_of(page, name: str, seed: int, args) -> Stage:
+  """A stage with its seed, its starting point and, for floors, its counts.
+
+  Raises:
+    ConfigError: the run that the counts come from has not finished.
+  """
   config = page.get_config(name)
   config.train.seed = seed
   config.init_from = str(args.base)
-  here = args.workdir / f'seed{seed}'
   source = page.COUNTS_FROM.get(name)
   if source is not None:
-    rows = json.loads((here / source / 'rows.json').read_text())
-    config.model.atp.fixed_counts = tuple(rows[0]['module_counts'])
-  stage = bridge(config)
-  model, params, _ = run_stage(stage, here / name, train, message=say)
+    path = args.workdir / f'seed{seed}' / source / 'rows.json'
+    check(path.exists(), f'{name} keeps as many tokens as {source}, which has '
+          f'not finished: {path} is missing; add {source} to --stages')
+    counts = json.loads(path.read_text())[0]['module_counts']
+    config.model.atp.fixed_counts = tuple(counts)
+  return bridge(config)
+
+
+def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, say
+        ) -> list[dict[str, Any]]:
+  """Trains one stage of one seed and returns its rows."""
+  seed = stage.recipe.seed
+  model, params, _ = run_stage(stage, here, train, message=say)
   examples = test.take(stage.num_test)
   bench = results.Bench(
       examples, test.features, questions_of(examples, stage.per_kind),
