@@ -1,7 +1,8 @@
-"""A longer study: every method trained, floors trained too, three seeds.
+r"""A longer study: every method trained, floors trained too, three seeds.
 
 Command:   vlm-compress study --config=configs/study.py --workdir=study
-One stage: vlm-compress train --config=configs/study.py:voco1 --workdir=...
+One stage: vlm-compress train --config=configs/study.py:voco1 --workdir=... \
+             --config.init_from=vlm_compress/checkpoints/quickstart
 Hardware:  2 CPU cores, 6 GB; it may be interrupted and goes on.
 Expected:  the table in the README.
 
@@ -66,18 +67,17 @@ def _resampler(kind: str, num_tokens: int) -> dict:
 
 def _pruned(selector: str, percent: float) -> dict:
   tokens = quickstart_config.NUM_VISUAL * percent / 100
-  atp = {'prune_after': (1, 3, 6), 'selector': selector,
-         'target_tokens': tokens, 'lambda_target': 2.0, 'lambda_atp': 0.02,
+  atp = {'selector': selector, 'target_tokens': tokens,
          **quickstart_config.ATP_TRAINING}
   if selector != 'adaptive':
-    atp['fixed_counts'] = (1, 1, 1)  # the study sets them from the ATP run
+    atp['fixed_counts'] = ()  # the study sets them from the ATP run
   return {'model': {'voco': None, 'atp': atp},
           'rows': {'num_voco_tokens': (0,), 'one_turn': True, 'length': 82,
                    'kinds': quickstart_config.ATP_KINDS},
           'train': {'stage': 'atp', 'batch_size': 32}}
 
 
-def get_config(stage: str) -> ConfigDict:
+def get_config(stage: str = 'ub') -> ConfigDict:
   """The config of one of PLAN."""
   changes = {
       'ub': {'rows': {'num_voco_tokens': (0, 1, 2, 4, 8)}},
@@ -94,5 +94,5 @@ def get_config(stage: str) -> ConfigDict:
   values['rows'].update(quickstart_config.VOCO_ROWS)
   for section, fields in changes.items():
     values[section].update(fields)
-  values['train'].update(steps=STEPS, learning_rate=2e-3, warmup_steps=20)
+  values['train'].update(steps=STEPS, learning_rate=1.5e-3, warmup_steps=20)
   return ConfigDict(values, convert_dict=True)

@@ -43,6 +43,7 @@ POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
     (lambda: AtpConfig(scores='text'), ['scores', 'text', 'cross']),
     (lambda: AtpConfig(score_norm='z'), ['score_norm', 'minmax']),
     (lambda: AtpConfig(criteria='all'), ['criteria', 'spatial']),
+    (lambda: AtpConfig(cross_queries='first'), ['cross_queries', 'last']),
     (lambda: AtpConfig(fixed_counts=(1, 1, 1)), ['fixed_counts', 'adaptive']),
     (lambda: AtpConfig(selector='random'), ['fixed_counts', 'random']),
     (lambda: AtpConfig(selector='fixed', fixed_counts=(1, 2, 3)),

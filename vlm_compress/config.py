@@ -168,8 +168,8 @@ class AtpConfig:
     scores: which importance scores make the redundancy score.
     score_norm: how raw scores are brought to (0, 1).
     cross_queries: whose attention makes the cross score: 'all' prompt text
-      behind the image (the paper), or its 'last' token, which has read the
-      whole question (ours, as FastV and PyramidDrop look).
+      behind the image, or its 'last' token, which has read the whole question
+      (ours, as FastV and PyramidDrop look).
     criteria: 'both', or only 'redundant' or 'spatial' pruning (ablations).
     sap_strides: strides of the nested uniform grids, coarse ones last;
       () takes the chain of divisors 1 | 2 | 4 ... or 1 | 3 | 6 ... that fits.

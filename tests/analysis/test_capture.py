@@ -223,7 +223,7 @@ def test_kept_statistics_by_hand():
   entering = np.array([[8, 1, 1], [8, 2, 1], [8, 3, 1], [8, 6, 1]], np.float32)
   theta = np.full((4, 2, 2), 0.25, np.float32)
   answers = evaluator.Answers([''] * 4, entering, keep, theta,
-                              np.ones(4, np.int32))
+                              np.ones(4, np.int32), np.ones(4, np.int32))
   found = capture.kept_statistics(answers)
   np.testing.assert_allclose(found['mean'], [3, 1])
   np.testing.assert_allclose(found['std'], [np.sqrt(3.5), 0])

@@ -246,7 +246,8 @@ def test_kept_by_place_weighs_every_token_once(results):
                        keep[:, 1].sum(1)], 1)
   survey = pruning.Survey(questions, evaluator.Answers(
       ['dog'] * len(questions), entering.astype(np.float32), keep,
-      np.zeros((len(questions), 2, 2)), np.zeros(len(questions), np.int32)))
+      np.zeros((len(questions), 2, 2)),
+      *np.zeros((2, len(questions)), np.int32)))
   assert survey.kinds == ['what', 'where'] * NUM_TEST
   np.testing.assert_array_equal(survey.counts, entering[:, 1:])
   found = pruning.kept_by_place(results, survey)

@@ -148,7 +148,9 @@ def test_efficientnet_lite0_by_hand():
 
 def test_projector_by_hand():
   assert efficiency.projector_flops(TINY) == 2 * 4 * 4 * (4 + 4)
-  assert efficiency.projector_flops(TINY, 1) == 64
+  pooled = dataclasses.replace(TINY, resampler='avg_pool_linear',
+                               num_query_tokens=1)
+  assert efficiency.projector_flops(pooled) == 64  # pools first
 
 
 def atp_config(**kwargs):
@@ -199,6 +201,10 @@ def test_cross_scores_count_prompt_only():
   many = efficiency.prefill_cost(atp_config(), [4, 2], 3)
   assert many.selector - few.selector == 8 * 4 * 2
   assert many.decoder == few.decoder
+  config = atp_config()
+  last = dataclasses.replace(config, atp=dataclasses.replace(
+      config.atp, cross_queries='last'))
+  assert efficiency.prefill_cost(last, [4, 2], 3).selector == few.selector
 
 
 def voco_config(**kwargs):

@@ -25,6 +25,7 @@ SAMPLES = (Sample((BOS, IMAGE, 6, 7, 8, 9), 1, seed=1),
 COUNTS = (10, 6, 3)
 SELECTORS = {
     'adaptive': helpers.atp_config(),
+    'last': helpers.atp_config(cross_queries='last'),
     'fixed': helpers.atp_config(selector='fixed', fixed_counts=COUNTS),
     'random': helpers.atp_config(selector='random', fixed_counts=COUNTS),
     'uniform': helpers.atp_config(selector='uniform', fixed_counts=COUNTS)}
@@ -164,7 +165,7 @@ def test_a_row_does_not_depend_on_its_batch(selector):
     np.testing.assert_array_equal(other_out.entering[:, place],
                                   out.entering[:, b])
   keep = np.asarray(out.entering)[:, together.image_valid]
-  if selector != 'adaptive':
+  if config.atp.fixed_counts:
     np.testing.assert_array_equal(
         keep.sum(-1), np.array([[16], *([c] for c in COUNTS)]) *
         np.ones((1, 4)))
@@ -209,18 +210,20 @@ def test_any_placement(prune_after):
   assert out.prune.module_keep.shape[0] == len(prune_after)
 
 
-def test_answers_do_not_influence_what_is_kept():
+@pytest.mark.parametrize('name', ['adaptive', 'last'])
+def test_answers_do_not_influence_what_is_kept(name):
   """They are there in training and not at prefill."""
+  config = SELECTORS[name]
   batch = _batch()
   other = [dataclasses.replace(s, ids=s.ids[:-s.answer] + (40,) * s.answer)
            if s.answer else s for s in SAMPLES]
-  _, a = _run(CONFIG, batch)
-  _, b = _run(CONFIG, _batch(other))
+  _, a = _run(config, batch)
+  _, b = _run(config, _batch(other))
   np.testing.assert_array_equal(a.prune.redundancy, b.prune.redundancy)
   question = [dataclasses.replace(s, ids=s.ids[:-s.answer - 1] + (40,) +
                                   s.ids[len(s.ids) - s.answer:])
               if s.answer else s for s in SAMPLES]
-  _, c = _run(CONFIG, _batch(question))
+  _, c = _run(config, _batch(question))
   assert np.abs(np.asarray(a.prune.redundancy - c.prune.redundancy)[0, 0]
                 ).max() > 1e-4
 

@@ -28,6 +28,8 @@ CASES = {
     'voco_prefix': (helpers.voco_config(2, text_sees_prefix=True), COMPRESSED,
                     dict(mask='voco')),
     'atp': (helpers.atp_config(), PLAIN, dict(prune=PruneOptions())),
+    'atp_last': (helpers.atp_config(cross_queries='last'), PLAIN,
+                 dict(prune=PruneOptions())),
 }
 
 

@@ -152,7 +152,7 @@ def _steps(name: str) -> int | None:
 
 
 def _configs(seed: int, names: list[str]) -> dict[str, Any]:
-  """The configs of the stages that ran, as they ran."""
+  """The configs of the stages that ran; each starts from the one before."""
   out: dict[str, Any] = {
       'seed': seed, 'devices': len(jax.devices()),
       'prune_after': get_config('atp').model.atp.prune_after}
@@ -184,5 +184,3 @@ def shown(bench: results.Bench, grid_size: int, count: int = 6
     if len(out) == count:
       break
   return out
-
-

@@ -63,6 +63,8 @@ class Bench:
         'layer_average_tokens': average, 'ratio_to_full': None,
         'retention': None, 'seed': method.seed, **cost(method, answers),
         **self._scores(answers.texts)}
+    right = self.correct(key or method.name)
+    row['correct'] = ''.join('01'[int(r)] for r in right)
     if method.mask != 'voco':  # VoCo prunes nothing; text reads C tokens
       row['kept_per_layer'] = answers.entering.mean(0).tolist()
       row['kept_std_per_layer'] = answers.entering.std(0).tolist()
@@ -133,6 +135,22 @@ class Bench:
     self.message(f'{row["method"]}: {100 * row["accuracy"]:.1f} % at '
                  f'{row["layer_average_tokens"]:.1f} tokens')
     return row
+
+
+def difference(row: dict[str, Any], other: dict[str, Any],
+               images: Sequence[int]) -> dict[str, Any]:
+  """Paired difference in accuracy of two rows with `correct`.
+
+  Args:
+    row, other: result rows on the same questions.
+    images: example of each question that counts for accuracy.
+
+  Returns:
+    'mean' and 'ci95', in shares.
+  """
+  right = [np.asarray(list(r['correct'])) == '1' for r in (row, other)]
+  gap = scoring.paired_difference(*right, images)
+  return {'mean': gap.mean, 'ci95': list(gap.ci95)}
 
 
 def relate(rows: Sequence[dict[str, Any]], full: dict[str, Any],

@@ -23,12 +23,13 @@ from vlm_compress.cli.arguments import Parser, number
 from vlm_compress.cli.quickstart import SHIPPED, versions
 from vlm_compress.cli.stage import Stage, bridge, describe, run_stage
 from vlm_compress.cli.train import load_module
-from vlm_compress.cli.workspace import open_split, tokenizer_for
+from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
 from vlm_compress.config import check
 from vlm_compress.convert.files import load_config, load_params
 from vlm_compress.eval import scoring
-from vlm_compress.eval.evaluator import Method, questions_of
+from vlm_compress.eval.evaluator import Method, Question, questions_of
 from vlm_compress.eval.report import print_table, write_report
+from vlm_compress.eval.tables import role_of, same_budget
 from vlm_compress.train.checkpoint import claim_workdir, write_text
 
 
@@ -57,6 +58,11 @@ def main(argv: list[str]) -> int:
   page = load_module(args.config)
   console = Console(stderr=True)
   say = lambda line: console.print(line, markup=False, highlight=False)
+  check(hasattr(page, 'PLAN'), f'--config={args.config} has no PLAN: it is no '
+        'page of a study; try configs/study.py')
+  unknown = sorted(set(args.stages or ()) - set(page.PLAN))
+  check(not unknown, f'--stages {" ".join(unknown)}: unknown; {args.config} has '
+        f'{", ".join(page.PLAN)}')
   stage = bridge(page.get_config(page.PLAN[0]))
   train = open_split(stage.data, stage.data.train_split, args.workdir, say)
   test = open_split(stage.data, stage.data.test_split, args.workdir, say)
@@ -70,13 +76,12 @@ def main(argv: list[str]) -> int:
         say(f'[seed {seed}: {name}]')
         rows = one(stage, name, here, train, test, base, say)
         write_text(here / 'rows.json', json.dumps(rows))
-  found = sorted(args.workdir.glob('seed*/*/rows.json'))
-  rows = [row for path in found for row in json.loads(path.read_text())]
-  finish(rows)
+  rows, stages, configs = collect(page, args)
+  finish(rows, [q.example for q in asked(stage, test)
+                if q.turn.kind in stage.headline])
   paths = write_report(
       {'rows': rows, 'versions': versions(), 'attribution': test.attribution,
-       'config': {name: json.loads(page.get_config(name).to_json_best_effort())
-                  for name in page.PLAN}},
+       'stages': stages, 'config': configs},
       args.workdir, allow_partial=args.allow_partial)
   print_table(rows, allow_partial=args.allow_partial)
   print(f'report: {paths["html"]}')
@@ -102,28 +107,50 @@ def stage_of(page, name: str, seed: int, args) -> Stage:
   return bridge(config)
 
 
+def collect(page, args) -> tuple[list, list, dict[str, Any]]:
+  """Rows, seconds and configs of all finished runs, of whatever seed.
+
+  Raises:
+    ConfigError: a run was made with other settings than the page's.
+  """
+  rows, stages, configs = [], [], {}
+  for folder in sorted(args.workdir.glob('seed*')):
+    seed = int(folder.name.removeprefix('seed'))
+    for name in [n for n in page.PLAN if (folder / n / 'rows.json').exists()]:
+      stage, here = stage_of(page, name, seed, args), folder / name
+      claim_workdir(here, describe(stage))
+      rows += json.loads((here / 'rows.json').read_text())
+      stages.append({'name': f'{name}, seed {seed}',
+                     'seconds': float((here / 'seconds.txt').read_text()),
+                     'steps': stage.recipe.steps})
+      configs[f'{name}, seed {seed}'] = describe(stage)
+  return rows, stages, configs
+
+
+def asked(stage: Stage, test: Split) -> list[Question]:
+  """The questions of the study."""
+  return questions_of(test.take(stage.num_test), stage.per_kind)
+
+
 def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, say
         ) -> list[dict[str, Any]]:
   """Trains one stage of one seed and returns its rows."""
   seed = stage.recipe.seed
   model, params, _ = run_stage(stage, here, train, message=say)
-  examples = test.take(stage.num_test)
   bench = results.Bench(
-      examples, test.features, questions_of(examples, stage.per_kind),
+      test.take(stage.num_test), test.features, asked(stage, test),
       stage.headline, tokenizer_for(stage.data, train.examples), stage.rows.template,
       say)
   if name == 'ub':
-    references(bench, train, base, model, params, seed)
+    counts = sorted(set(stage.rows.num_voco_tokens) - {0})
+    references(bench, train, model, params, seed, counts)
   elif stage.recipe.stage == 'voco':
     count = model.voco.num_voco_tokens
     distilled = model.voco.distill_weight > 0
-    row = bench.run(Method('VoCo, CE + KL' if distilled else 'VoCo', model,
-                           params, 'voco', count, seed=seed),
-                    budget=float(count), key='VoCo')
-    floors = results.input_floors(bench, *base, count, seed)
-    bench.compare(row, 'VoCo', floors)
-    if distilled:  # the floors stand beside VoCo already
-      bench.rows[1:] = []
+    bench.run(Method('VoCo, CE + KL' if distilled else 'VoCo', model,
+                     params, 'voco', count, seed=seed), budget=float(count))
+    if not distilled:  # else the floors stand beside VoCo already
+      results.input_floors(bench, *base, count, seed)
   else:
     label = {'random': 'random', 'uniform': 'uniform grid',
              'fixed': 'ATP scores, fixed count', 'adaptive': 'ATP'}.get(
@@ -134,20 +161,22 @@ def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, say
     if stage.recipe.trainable:
       label += ', frozen decoder'
     bench.run(Method(label, model, params, seed=seed), key='ATP')
-    if label == 'ATP':
+    average = bench.rows[0]['layer_average_tokens']
+    # A frozen decoder's floors are those of ATP, unless it missed the budget.
+    if label == 'ATP' or model.atp and model.atp.selector == 'adaptive' and (
+        not same_budget(average, model.atp.target_tokens)):
       counts = results.module_counts(bench.answers['ATP'])
       bench.rows[0]['module_counts'] = counts
-      results.pruned_floors(bench, *base, model, counts,
-                            bench.rows[0]['layer_average_tokens'], seed)
+      results.pruned_floors(bench, *base, model, counts, average, seed)
   return bench.rows
 
 
-def references(bench, train, base, model, params, seed) -> None:
+def references(bench, train, model, params, seed, counts) -> None:
   """Question only, full, and VoCo's bounds at every C of the study."""
   bench.question_only(train.take(len(train)), seed)
   plain = dataclasses.replace(model, voco=None)
   bench.run(Method('full', plain, params, seed=seed))
-  for count in (1, 2, 4, 8):
+  for count in counts:
     upper = bench.run(Method(f'upper bound (UB), C={count}', model, params,
                              'causal', count, seed=seed))
     lower = bench.run(Method('lower bound (LB)', model, params, 'voco', count,
@@ -159,13 +188,30 @@ def references(bench, train, base, model, params, seed) -> None:
     lower['bounds'] = [lower['accuracy'], upper['accuracy'], list(gap.ci95)]
 
 
-def finish(rows: list[dict[str, Any]]) -> None:
-  """Ratios and retention, each against the references of its own seed."""
+def finish(rows: list[dict[str, Any]], images: list[int]) -> None:
+  """Ratios, retention and paired differences, each within its own seed.
+
+  A method is compared with all methods and floors of its budget.
+
+  Args:
+    rows: of all runs, changed in place.
+    images: example of each question that counts for accuracy.
+  """
   for seed in {row['seed'] for row in rows}:
     mine = [row for row in rows if row['seed'] == seed]
     full = next((r for r in mine if r['method'] == 'full'), None)
-    if full is None:
-      continue
-    bounds = {r['layer_average_tokens']: tuple(r['bounds'])
-              for r in mine if 'bounds' in r}
-    results.relate(mine, full, bounds)
+    if full is not None:
+      bounds = {r['layer_average_tokens']: tuple(r['bounds'])
+                for r in mine if 'bounds' in r}
+      results.relate(mine, full, bounds)
+    for row in mine:
+      if role_of(row['method']) != 'method':
+        continue
+      row['differences'] = {}
+      for other in mine:
+        if other is not row and role_of(other['method']) in (
+            'method', 'floor') and same_budget(
+                row['layer_average_tokens'], other['layer_average_tokens']):
+          name = other['method']
+          name += '' if other['trained'] else ' (training-free)'
+          row['differences'][name] = results.difference(row, other, images)

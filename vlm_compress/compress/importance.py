@@ -7,8 +7,8 @@ are seen by more queries than late ones, so scores are means over the queries
 that can see the token (ours).  Some of the bias stays, because early queries
 have fewer keys to share their attention among: with flat attention over 64
 tokens, the first scores 4.7 times the last.  Dividing by what flat attention
-would give removes it and was tried: late tokens, which few see besides
-themselves, then win, and training was much worse.
+would give removes it, but then late tokens win, which few see besides
+themselves.
 
 No B x N x T x S map is stored: queries are taken in blocks and reduced to
 column sums, so memory is O(block * S).

@@ -224,10 +224,13 @@ def vision_flops(config: LlavaConfig) -> float:
   return clip_vit_flops(vision, layers)
 
 
-def projector_flops(config: LlavaConfig,
-                    num_tokens: int | None = None) -> float:
-  """Two-layer MLP, Dv -> D -> D, on num_tokens (default: all patches)."""
-  tokens = config.num_patches if num_tokens is None else num_tokens
+def projector_flops(config: LlavaConfig) -> float:
+  """Two-layer MLP, Dv -> D -> D, on all patches of one image.
+
+  The baseline 'avg_pool_linear' pools before it, so it maps C tokens only.
+  """
+  pooled = config.resampler == 'avg_pool_linear'
+  tokens = config.num_query_tokens if pooled else config.num_patches
   size = config.text.hidden_size
   return 2.0 * tokens * size * (config.vision.hidden_size + size)
 
@@ -263,7 +266,8 @@ def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
   Args:
     config: with or without `atp`.
     visual_tokens: float[..., M], visual tokens that enter each layer.
-    prompt_tokens: float[...] or a number, prompt text after the image.
+    prompt_tokens: float[...] or a number, prompt text after the image; only
+      one of them is a query where atp.cross_queries='last'.
 
   Returns:
     float[...] FLOPs; zeros without atp.
@@ -272,6 +276,8 @@ def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
   atp = config.atp
   if atp is None or atp.selector in ('random', 'uniform'):
     return np.zeros(visual.shape[:-1])
+  if atp.cross_queries == 'last':
+    prompt_tokens = np.minimum(prompt_tokens, 1)
   n = visual[..., np.array(atp.prune_after) - 1]
   pairs = causal_pairs(n, np.asarray(prompt_tokens)[..., None])
   text = config.text
@@ -289,8 +295,7 @@ def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
 def prefill_cost(config: LlavaConfig, visual_tokens: np.ndarray,
                  text_tokens: np.ndarray, *,
                  prompt_tokens: np.ndarray | None = None, num_images: int = 1,
-                 resampler_flops: float = 0.0,
-                 projector_tokens: int | None = None) -> PrefillCost:
+                 resampler_flops: float = 0.0) -> PrefillCost:
   """A plain, ATP or resampled model reading pictures and prompt.
 
   Args:
@@ -302,14 +307,12 @@ def prefill_cost(config: LlavaConfig, visual_tokens: np.ndarray,
       all.
     num_images: images of the row.
     resampler_flops: of one image, as given.
-    projector_tokens: tokens per image that the projector maps; None: all
-      patches.
   """
   prompt = text_tokens if prompt_tokens is None else prompt_tokens
   text = config.text
   return PrefillCost(
       vision=num_images * vision_flops(config),
-      projector=num_images * projector_flops(config, projector_tokens),
+      projector=num_images * projector_flops(config),
       resampler=num_images * resampler_flops,
       decoder=decoder_flops(text, visual_tokens, text_tokens),
       decoder_dense=decoder_flops(text, visual_tokens, text_tokens,

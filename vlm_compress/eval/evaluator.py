@@ -74,12 +74,14 @@ class Answers:
     module_keep: bool[Q, L, P], keep masks after each module; L may be 0.
     thresholds: float32[Q, L, 2].
     text_tokens: int32[Q], text tokens of the prompt, BOS included.
+    prompt_tokens: int32[Q], those of them that follow the image.
   """
   texts: list[str]
   entering: np.ndarray
   module_keep: np.ndarray
   thresholds: np.ndarray
   text_tokens: np.ndarray
+  prompt_tokens: np.ndarray
 
 
 def questions_of(examples: Sequence[Example], per_kind: dict[str, int],
@@ -157,9 +159,10 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
         bar.update(task, advance=len(part))
   tokens, *columns = zip(*out)
   texts = [tokenizer.decode(_until(t, tokenizer.eos_id)) for t in tokens]
-  text_tokens = np.asarray([int((r['token_types'] == TEXT).sum())
-                            for r in rows])
-  return Answers(texts, *map(np.stack, columns), text_tokens)
+  text_tokens, prompt_tokens = np.asarray(
+      [[int((r['token_types'] == TEXT).sum()), int(r['prompt_mask'].sum())]
+       for r in rows]).T
+  return Answers(texts, *map(np.stack, columns), text_tokens, prompt_tokens)
 
 
 def _groups(budgets: Sequence[int], short: int = 8) -> list[list[int]]:
@@ -230,7 +233,7 @@ def cost(method: Method, answers: Answers) -> dict[str, float]:
   else:
     extra = text + method.num_voco_tokens
     parts = efficiency.prefill_cost(
-        config, answers.entering, extra,
+        config, answers.entering, extra, prompt_tokens=answers.prompt_tokens,
         resampler_flops=efficiency.resampler_flops(config))
     tokens = answers.entering + extra[:, None]
   values = {
