@@ -71,15 +71,6 @@ def _entering():
   return entering, np.array([[True, True], [True, False]])
 
 
-def test_layer_average_by_hand():
-  entering, image_valid = _entering()
-  np.testing.assert_allclose(
-      losses.layer_average_tokens(entering, image_valid),
-      [((4 + 4 + 2) / 3 + (4 + 4 + 1) / 3) / 2, (4 + 4 + 3) / 3], rtol=1e-6)
-  none = losses.layer_average_tokens(0 * entering, np.zeros((2, 2), bool))
-  np.testing.assert_array_equal(none, [0.0, 0.0])
-
-
 @pytest.mark.parametrize('target', [2.0, 4.0])
 def test_budget_by_hand(target):
   """Module after layer 2 of 3; kept 2, 1 and 3 of 4; batch means."""

@@ -46,22 +46,6 @@ def distillation_loss(student_logits: jax.Array, teacher_logits: jax.Array,
   return jnp.sum(kl * weight, axis=1), jnp.sum(weight, axis=1)
 
 
-def layer_average_tokens(entering: jax.Array, image_valid: jax.Array
-                         ) -> jax.Array:
-  """Visual tokens per image, averaged over ALL decoder layers.
-
-  Args:
-    entering: float32[M, B, I, P], keep masks of the layers.
-    image_valid: bool[B, I].
-
-  Returns:
-    float32[B], mean over the images of a row; 0 without images.
-  """
-  per_image = jnp.mean(jnp.sum(entering, axis=-1), axis=0)
-  num_images = jnp.maximum(jnp.sum(image_valid, axis=1), 1)
-  return jnp.sum(per_image * image_valid, axis=1) / num_images
-
-
 def budget_loss(state: PruneState, entering: jax.Array, image_valid: jax.Array,
                 config: AtpConfig) -> dict[str, jax.Array]:
   """ATP-LLaVA's two budget terms (Eqs. 12-14).

@@ -18,8 +18,8 @@ from vlm_compress.data.examples import Example  # noqa: E402
 from vlm_compress.data.rows import draw_turns, layout  # noqa: E402
 from vlm_compress.data.tokenizer import word_level  # noqa: E402
 
-STUDY = load_module(
-    str(pathlib.Path(__file__).parents[2] / 'configs/study.py'))
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+STUDY = load_module(str(CONFIGS / 'study.py'))
 PAGES = ([(name, get_config) for name in STAGES] +
          [(name, STUDY.get_config) for name in STUDY.PLAN
           if name not in STUDY.COUNTS_FROM])  # those have no counts yet
@@ -45,3 +45,11 @@ def test_longest_row_fits(name, page):
   assert longest > 0.85 * stage.rows.length
   if stage.recipe.stage == 'voco':
     assert 0.9 * stage.rows.text_length < longest_text <= stage.rows.text_length
+
+
+@pytest.mark.parametrize('name', ['full', 'voco1', 'atp'])
+def test_pages_of_easy_vqa(name):
+  page = load_module(str(CONFIGS / 'easy_vqa.py'))
+  stage = bridge(page.get_config(name))
+  assert stage.data.name == 'easy_vqa' and not stage.data.options
+  assert dict(stage.rows.kinds) == {'yesno': 6, 'open': 3}

@@ -20,7 +20,8 @@ SHRUNK = '''
 """The study's page, shrunk."""
 from vlm_compress.cli.train import load_module
 page = load_module('configs/study.py')
-PLAN = ('ub', 'voco1', 'qformer1', 'atp25', 'random25')
+PLAN = ('ub', 'voco1', 'qformer1', 'atp25', 'random25', 'voco1_kl',
+        'atp25_frozen')
 COUNTS_FROM = page.COUNTS_FROM
 
 def get_config(stage):
@@ -50,9 +51,13 @@ def test_two_seeds_and_again(tmp_path, capsys):
   assert cli.main(['train', f'--config={page}:ub',
                    f'--workdir={tmp_path / "base"}']) == 0
   argv = ['study', f'--config={page}', f'--workdir={work}', '--allow-partial',
-          f'--base={tmp_path / "base/model"}', '--seeds']
-  assert cli.main([*argv, '0', '--stages', 'random25']) == 2
+          f'--base={tmp_path / "base/model"}']
+  assert cli.main([*argv, '--seeds', '0', '--stages', 'random25']) == 2
   assert 'add atp25 to --stages' in capsys.readouterr().err
+  assert cli.main([*argv, '--stages', 'atp52']) == 2
+  assert 'atp52: unknown' in capsys.readouterr().err
+  argv += ['--stages', 'ub', 'voco1', 'qformer1', 'atp25', 'random25',
+           '--seeds']
   assert cli.main([*argv, '0', '1']) == 0
   rows = json.loads((work / 'report.json').read_text())['rows']
   for method in ('full', 'question only', 'VoCo', 'Q-Former', 'ATP'):
@@ -75,6 +80,20 @@ def test_two_seeds_and_again(tmp_path, capsys):
   assert cli.main([*argv, '0']) == 0
   assert before == {p: p.stat().st_mtime_ns
                     for p in work.glob('seed*/*/rows.json')}
+  report = json.loads((work / 'report.json').read_text())
+  assert {s['name'] for s in report['stages']} == set(report['config']) == {
+      f'{path.parent.name}, seed {path.parent.parent.name[-1]}'
+      for path in before}
+  for row in atp:  # trained floors of its budget, compared question by question
+    assert {'random', 'random (training-free)'} <= set(row['differences'])
+    other = next(r for r in rows if r['method'] == 'random' and r['trained']
+                 and r['seed'] == row['seed'])
+    assert abs(row['differences']['random']['mean'] -
+               (row['accuracy'] - other['accuracy'])) < 1e-9
+  assert cli.main([*argv, '0', '--stages', 'voco1_kl', 'atp25_frozen']) == 0
+  found = {r['method'] for r in
+           json.loads((work / 'report.json').read_text())['rows']}
+  assert {'VoCo, CE + KL', 'ATP, frozen decoder'} <= found
   # rows of other settings are not taken for these
   page.write_text(SHRUNK.replace('steps=2', 'steps=3'))
   assert cli.main([*argv, '0']) == 2

@@ -17,6 +17,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from vlm_compress.config import prune_after_for
 from vlm_compress.data.rows import RowSpec
 from vlm_compress.train.recipe import Recipe
 
@@ -55,8 +56,7 @@ ATP_KINDS = {'what': 9, 'caption': 3, 'count': 3, 'category': 3}
 
 
 ATP_TRAINING = {
-    # 12.5, 43.75 and 75 % of the layers, as published
-    'prune_after': (1, 3, 6),
+    'prune_after': prune_after_for(NUM_LAYERS),
     # Departures from AtpConfig's defaults that a short training needs: the
     # budget is to be reached within the first hundred steps;
     'lambda_target': 2.0,

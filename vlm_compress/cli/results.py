@@ -88,12 +88,11 @@ class Bench:
         'ratio_to_full': None, 'retention': None, 'seed': seed,
         **self._scores(texts)})
 
-  def correct(self, key: str, headline_only: bool = True) -> np.ndarray:
-    """bool[Q], which questions a method got right."""
+  def correct(self, key: str) -> np.ndarray:
+    """bool[Q], which of the headline questions a method got right."""
     right = scoring.exact_match(self.answers[key].texts,
                                 [q.turn.answer for q in self.questions])
-    asked = [not headline_only or q.turn.kind in self.headline
-             for q in self.questions]
+    asked = [q.turn.kind in self.headline for q in self.questions]
     return np.asarray(right)[np.asarray(asked)]
 
   def images(self) -> list[int]:

@@ -150,11 +150,6 @@ def paper_multiply_adds(text: TextConfig,
   return (4 * n * size ** 2 + 2 * n ** 2 * size + 3 * n * size * inner).sum(-1)
 
 
-def layer_average_tokens(visual_tokens: np.ndarray) -> np.ndarray:
-  """float[..., M] -> float[...]: ATP-LLaVA's "average tokens", per instance."""
-  return np.asarray(visual_tokens, np.float64).mean(-1)
-
-
 def kv_bytes(text: TextConfig, tokens_per_layer: np.ndarray,
              dtype: str = 'bfloat16') -> np.ndarray:
   """Bytes of the KV cache: sum over layers of 2KH x bytes x cached tokens.

@@ -84,14 +84,13 @@ class Answers:
   prompt_tokens: np.ndarray
 
 
-def questions_of(examples: Sequence[Example], per_kind: dict[str, int],
-                 heldout_first: bool = True) -> list[Question]:
+def questions_of(examples: Sequence[Example], per_kind: dict[str, int]
+                 ) -> list[Question]:
   """A fixed choice of questions: of every example, up to so many per kind.
 
   Args:
     examples: of the split.
-    per_kind: kind -> number per example.
-    heldout_first: prefer questions about held-out pairs.
+    per_kind: kind -> number per example; those about held-out pairs first.
 
   Returns:
     Questions in the order of the examples.
@@ -100,8 +99,7 @@ def questions_of(examples: Sequence[Example], per_kind: dict[str, int],
   for index, example in enumerate(examples):
     for kind, count in per_kind.items():
       turns = [t for t in example.turns if t.kind == kind]
-      if heldout_first:
-        turns.sort(key=lambda t: not t.heldout)
+      turns.sort(key=lambda t: not t.heldout)
       chosen += [Question(index, t) for t in turns[:count]]
   return chosen
 

@@ -7,9 +7,6 @@ import dataclasses
 from vlm_compress.config import check
 
 STAGES = ('align', 'instruct', 'voco', 'atp')
-# Which parameters learn, by a prefix of their path; () is all of them.
-PROJECTOR_ONLY = ('multi_modal_projector/',)
-ATP_ONLY = ('atp/',)
 
 
 @dataclasses.dataclass(frozen=True)
