@@ -24,7 +24,7 @@ from vlm_compress.data import tokenizer as tokenizer_lib
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.rows import RowSpec, layout
-from vlm_compress.decode.generate import generate
+from vlm_compress.decode.generate import answer_ids, generate
 from vlm_compress.eval.evaluator import Answers
 from vlm_compress.models.llava import Llava, PruneOptions
 from vlm_compress.models.sequence import TEXT, VISUAL, VOCO, Batch, make_batch
@@ -99,9 +99,7 @@ def keep_maps(loaded: Loaded, example: Example, features: np.ndarray,
                      max_new_tokens, loaded.tokenizer.eos_id)
   pruned = result.outputs.prune
   grid = (len(config.atp.prune_after),) + (config.vision.grid_size,) * 2
-  tokens = np.asarray(result.tokens)[0].tolist()
-  if loaded.tokenizer.eos_id in tokens:
-    tokens = tokens[:tokens.index(loaded.tokenizer.eos_id)]
+  tokens = answer_ids(result.tokens[0], loaded.tokenizer.eos_id)
   return {
       'keep': np.asarray(pruned.module_keep[:, 0, 0] > 0.5).reshape(grid),
       'thresholds': np.asarray(pruned.thresholds[:, 0, 0]),

@@ -23,7 +23,7 @@ from vlm_compress.data import images
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.rows import RowSpec, layout
 from vlm_compress.data.tokenizer import load as load_tokenizer
-from vlm_compress.decode.generate import generate
+from vlm_compress.decode.generate import answer_ids, generate
 from vlm_compress.models.llava import Llava, PruneOptions
 from vlm_compress.models.sequence import make_batch, split_voco
 
@@ -90,10 +90,7 @@ def main(argv: list[str]) -> int:
       prune=PruneOptions() if method == 'atp' else None,
       temperature=args.temperature, top_p=args.top_p, seed=args.seed))
   result = run(params, batch)
-  tokens = np.asarray(result.tokens[0]).tolist()
-  if tokenizer.eos_id in tokens:
-    tokens = tokens[:tokens.index(tokenizer.eos_id)]
-  print(tokenizer.decode(tokens))
+  print(tokenizer.decode(answer_ids(result.tokens[0], tokenizer.eos_id)))
   if result.outputs.entering is not None:
     kept = np.asarray(result.outputs.entering).sum((1, 2, 3))
     print(f'visual tokens per layer: {kept.astype(int).tolist()}, average '

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_compress.decode.sampling import sample
 from vlm_compress.models.layer_stack import StackOutputs
@@ -55,6 +56,12 @@ def generate(model: Llava, params: Any, batch: Batch | VocoBatch, *,
                             max_new_tokens=max_new_tokens, eos_id=eos_id,
                             temperature=temperature, top_p=top_p, seed=seed)
   return Generated(tokens, outputs.replace(keys=None, values=None))
+
+
+def answer_ids(tokens: jax.Array, eos_id: int) -> list[int]:
+  """int32[N] generated tokens of one row, up to the end of sequence."""
+  ids = np.asarray(tokens).tolist()
+  return ids[:ids.index(eos_id)] if eos_id in ids else ids
 
 
 def continue_from(model: Llava, params: Any, logits: jax.Array,

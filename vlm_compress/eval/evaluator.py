@@ -22,7 +22,7 @@ from vlm_compress.config import LlavaConfig
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.rows import RowSpec, layout
 from vlm_compress.data.tokenizer import Tokenizer
-from vlm_compress.decode.generate import generate
+from vlm_compress.decode.generate import answer_ids, generate
 from vlm_compress.eval import efficiency
 from vlm_compress.models.llava import Llava, PruneOptions
 from vlm_compress.models.sequence import TEXT, make_batch, split_voco
@@ -156,7 +156,7 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
           out[i] = [np.asarray(x)[slot] for x in result]
         bar.update(task, advance=len(part))
   tokens, *columns = zip(*out)
-  texts = [tokenizer.decode(_until(t, tokenizer.eos_id)) for t in tokens]
+  texts = [tokenizer.decode(answer_ids(t, tokenizer.eos_id)) for t in tokens]
   text_tokens, prompt_tokens = np.asarray(
       [[int((r['token_types'] == TEXT).sum()), int(r['prompt_mask'].sum())]
        for r in rows]).T
@@ -174,11 +174,6 @@ def _row_id(question: Question) -> int:
   """Names a question for the random selector, whatever its batch."""
   text = question.turn.question.encode()
   return (question.example * 1009 + sum(text)) % (2 ** 31 - 1)
-
-
-def _until(tokens: np.ndarray, eos_id: int) -> list[int]:
-  tokens = tokens.tolist()
-  return tokens[:tokens.index(eos_id)] if eos_id in tokens else tokens
 
 
 def _compiled(method: Method, eos_id: int):
