@@ -152,7 +152,7 @@ def _steps(name: str) -> int | None:
 
 
 def _configs(seed: int, names: list[str]) -> dict[str, Any]:
-  """The configs of the stages that ran; each starts from the one before."""
+  """The configs of the stages that ran, without what they start from."""
   out: dict[str, Any] = {
       'seed': seed, 'devices': len(jax.devices()),
       'prune_after': get_config('atp').model.atp.prune_after}

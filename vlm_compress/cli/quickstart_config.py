@@ -54,7 +54,6 @@ VOCO_ROWS = {'kinds': {'what': 9, 'caption': 1, 'count': 2, 'category': 3},
 # evaluation's mix above the target.
 ATP_KINDS = {'what': 9, 'caption': 3, 'count': 3, 'category': 3}
 
-
 ATP_TRAINING = {
     'prune_after': prune_after_for(NUM_LAYERS),
     # Departures from AtpConfig's defaults that a short training needs: the

@@ -4,8 +4,8 @@
 
 Every (stage, seed) is a directory with its checkpoints, its model and its
 result rows; finished ones are skipped, so the study can be stopped at any
-time and seeds can run in processes of their own.  The report is written from
-whatever rows are there at the end of a call.
+time and, once the data is prepared, seeds can run in processes of their own.
+The report is written from whatever rows are there at the end of a call.
 """
 
 from __future__ import annotations
