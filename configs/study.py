@@ -26,6 +26,9 @@ PLAN = ('ub', 'voco1', 'pool1', 'qformer1',
         'voco8', 'atp18', 'atp35', 'voco2', 'voco4', 'pool25', 'voco1_kl',
         'atp25_frozen')
 ATP_PERCENT = {'atp35': 35, 'atp25': 25, 'atp18': 18}
+ROWS = {'kinds': {'what': 9, 'caption': 1, 'count': 2, 'category': 3},
+        'length': 216, 'text_length': 144}
+NUM_TEST = 250
 # Trained floor -> the ATP run whose kept counts it takes.
 COUNTS_FROM = {'random25': 'atp25', 'uniform25': 'atp25', 'fixed25': 'atp25'}
 
@@ -91,8 +94,9 @@ def get_config(stage: str = 'ub') -> ConfigDict:
       **{f'{s}25': _pruned(s, 25) for s in ('random', 'uniform', 'fixed')},
   }[stage]
   values = quickstart_config.get_config('instruct').to_dict()
-  values['rows'].update(quickstart_config.VOCO_ROWS)
+  values['rows'].update(ROWS)
   for section, fields in changes.items():
     values[section].update(fields)
+  values['eval']['num_test'] = NUM_TEST
   values['train'].update(steps=STEPS, learning_rate=1.5e-3, warmup_steps=20)
   return ConfigDict(values, convert_dict=True)

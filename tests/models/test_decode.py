@@ -118,6 +118,13 @@ def test_greedy_generation_follows_the_argmax_and_stops_at_eos():
   for step in range(STEPS):
     best = np.asarray(logits)[np.arange(3), ends - STEPS + step - 1].argmax(-1)
     np.testing.assert_array_equal(free[:, step], best)
+  # a limit cuts, and changes nothing before it
+  eos_elsewhere = int(free.max()) + 1
+  for limit in (1, 2, STEPS + 1):
+    cut = np.asarray(_generate(model, params, batch, eos_id=eos_elsewhere,
+                               limit=jnp.int32(limit)))
+    np.testing.assert_array_equal(cut[:, :limit], free[:, :limit])
+    assert (cut[:, limit:] == eos_elsewhere).all()
   # a row ends alone, and only behind its first eos
   eos = int(free[0, 2])
   stopped = np.asarray(_generate(model, params, batch, eos_id=eos))

@@ -47,8 +47,8 @@ KINDS = {'what': 9, 'caption': 1, 'where': 2, 'exists': 2, 'count': 2,
          'category': 3}
 
 # Compression trains on the kinds that the base model has learned.
-VOCO_ROWS = {'kinds': {'what': 9, 'caption': 1, 'count': 2, 'category': 3},
-             'length': 216, 'text_length': 144}
+VOCO_ROWS = {'kinds': {'what': 7, 'caption': 1, 'count': 1, 'category': 2},
+             'length': 180, 'text_length': 108}
 # With one turn per row these are weights.  Captions and counts need more
 # tokens than `what`: drawn too rarely here, they would lift the average of the
 # evaluation's mix above the target.
@@ -108,7 +108,7 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
       'rows': {**dataclasses.asdict(RowSpec()), 'kinds': KINDS, **rows},
       'train': {**dataclasses.asdict(Recipe()), 'checkpoint_steps': 100,
                 **train},
-      'eval': {'num_test': 250, 'headline': ('what',),
+      'eval': {'num_test': 200, 'headline': ('what',),
                'per_kind': {'what': 3, 'caption': 1, 'where': 1, 'exists': 1,
                             'count': 1, 'category': 1}},
       'init_from': '',

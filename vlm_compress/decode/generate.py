@@ -31,7 +31,8 @@ class Generated:
 def generate(model: Llava, params: Any, batch: Batch | VocoBatch, *,
              max_new_tokens: int, eos_id: int, mask: str = 'causal',
              prune: PruneOptions | None = None, temperature: float = 0.0,
-             top_p: float = 1.0, seed: jax.Array | int = 0) -> Generated:
+             top_p: float = 1.0, seed: jax.Array | int = 0,
+             limit: jax.Array | None = None) -> Generated:
   """Generates until every row has ended or max_new_tokens are there.
 
   Args:
@@ -41,6 +42,8 @@ def generate(model: Llava, params: Any, batch: Batch | VocoBatch, *,
     eos_id: ends a row.
     mask, prune: see `Llava.hidden`.
     temperature: 0 is greedy; top_p: nucleus; seed: of sampling.
+    limit: int32[], stop after this many tokens; unlike max_new_tokens, another
+      one needs no new compilation.
 
   Returns:
     Tokens and the prefill's outputs.
@@ -54,7 +57,8 @@ def generate(model: Llava, params: Any, batch: Batch | VocoBatch, *,
   tokens, _ = continue_from(model, params, logits,
                             grow(cache, max_new_tokens - 1),
                             max_new_tokens=max_new_tokens, eos_id=eos_id,
-                            temperature=temperature, top_p=top_p, seed=seed)
+                            temperature=temperature, top_p=top_p, seed=seed,
+                            limit=limit)
   return Generated(tokens, outputs.replace(keys=None, values=None))
 
 
@@ -67,12 +71,14 @@ def answer_ids(tokens: jax.Array, eos_id: int) -> list[int]:
 def continue_from(model: Llava, params: Any, logits: jax.Array,
                   cache: KVCache, *, max_new_tokens: int, eos_id: int,
                   temperature: float = 0.0, top_p: float = 1.0,
-                  seed: jax.Array | int = 0) -> tuple[jax.Array, KVCache]:
+                  seed: jax.Array | int = 0, limit: jax.Array | None = None
+                  ) -> tuple[jax.Array, KVCache]:
   """Generates from a prefilled cache with max_new_tokens - 1 free slots.
 
   Args:
     logits: float32[B, V] of the first new token.
     cache: of the prompt.
+    limit: as in generate.
 
   Returns:
     int32[B, N] and the cache.
@@ -85,9 +91,11 @@ def continue_from(model: Llava, params: Any, logits: jax.Array,
   tokens = jnp.full((B, max_new_tokens), eos_id, jnp.int32)
   tokens = tokens.at[:, 0].set(first)
 
+  end = max_new_tokens if limit is None else jnp.minimum(limit, max_new_tokens)
+
   def unfinished(state):
     step, _, last, _, ended = state
-    return (step < max_new_tokens) & ~jnp.all(ended | (last == eos_id))
+    return (step < end) & ~jnp.all(ended | (last == eos_id))
 
   def extend(state):
     step, tokens, last, cache, ended = state

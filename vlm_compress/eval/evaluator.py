@@ -129,7 +129,10 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
   mesh = sharding.make_mesh()
   shards = sharding.batch_sharding(mesh)
   batch_size = -(-batch_size // mesh.size) * mesh.size
-  run = _compiled(method, tokenizer.eos_id)
+  # one shape for all batches, so that a method is compiled once
+  length = max(len(row['input_ids']) for row in rows)
+  text_length = max(int((row['image_ids'] == 0).sum()) for row in rows)
+  run = _compiled(method, tokenizer.eos_id, max(budgets))
   params = jax.device_put(method.params, sharding.replicated(mesh))
   out: list[Any] = [None] * len(questions)
   console = Console(stderr=True)
@@ -137,8 +140,7 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
                 disable=not (progress and console.is_terminal)) as bar:
     task = bar.add_task(f'asking {method.name}', total=len(questions))
     for group in _groups(budgets):
-      length = max(len(rows[i]['input_ids']) for i in group)
-      text_length = max(int((rows[i]['image_ids'] == 0).sum()) for i in group)
+      limit = np.int32(max(budgets[i] for i in group))
       for start in range(0, len(group), batch_size):
         part = group[start:start + batch_size]
         padded = part + [part[-1]] * (batch_size - len(part))
@@ -151,7 +153,7 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
           batch = split_voco(batch, method.config, text_length)
         batch, ids = jax.device_put((batch, ids), shards)
         with jax.set_mesh(mesh):
-          result = run(params, batch, ids, max(budgets[i] for i in group))
+          result = run(params, batch, ids, limit)
         for slot, i in enumerate(part):
           out[i] = [np.asarray(x)[slot] for x in result]
         bar.update(task, advance=len(part))
@@ -176,19 +178,20 @@ def _row_id(question: Question) -> int:
   return (question.example * 1009 + sum(text)) % (2 ** 31 - 1)
 
 
-def _compiled(method: Method, eos_id: int):
-  """A jitted function of (params, batch, row ids, max new tokens)."""
+def _compiled(method: Method, eos_id: int, max_new_tokens: int):
+  """A jitted function of (params, batch, row ids, limit on new tokens)."""
   config = method.config
   model = Llava(config)
   P, M = config.num_visual_tokens, config.text.num_hidden_layers
 
-  def run(params, batch, row_ids, max_new_tokens):
+  def run(params, batch, row_ids, limit):
     prune = None
     if config.atp is not None:
       prune = PruneOptions(row_ids=row_ids, seed=method.seed,
                            threshold_shift=method.threshold_shift)
     result = generate(model, params, batch, max_new_tokens=max_new_tokens,
-                      eos_id=eos_id, mask=method.mask, prune=prune)
+                      eos_id=eos_id, mask=method.mask, prune=prune,
+                      limit=limit)
     B = row_ids.shape[0]
     if prune is None:
       entering = jnp.full((B, M), P, jnp.float32)
@@ -200,7 +203,7 @@ def _compiled(method: Method, eos_id: int):
     theta = jnp.moveaxis(out.prune.thresholds[:, :, 0], 0, 1)
     return result.tokens, entering, keep, theta
 
-  return jax.jit(run, static_argnums=3)
+  return jax.jit(run)
 
 
 def cost(method: Method, answers: Answers) -> dict[str, float]:

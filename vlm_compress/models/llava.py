@@ -362,6 +362,7 @@ def init_params(model: Llava, rng: jax.Array, with_vision: bool = False):
       features does not need.
   """
   batch, size = example_batch(model.config), model.config.vision.image_size
+  model = model.clone(unroll=1)  # the same numbers, compiled faster
 
   def everything(model):
     if with_vision:

@@ -32,20 +32,31 @@ def attention_probs(q: jax.Array, k: jax.Array, mask: jax.Array,
   Returns:
     float32[B, K, G, T, S].
   """
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  q = q.reshape(B, T, K, N // K, H)
-  logits = jnp.einsum('BTKGH,BSKH->BKGTS', q, k,
-                      preferred_element_type=jnp.float32) * H ** -0.5
-  if bias is not None:
-    logits = logits + bias[:, None, None]
-  logits = jnp.where(mask[:, None, None], logits, MASK_VALUE)
-  return jax.nn.softmax(logits, axis=-1)
+  return jax.nn.softmax(_logits(q, k, mask, bias), axis=-1)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
               bias: jax.Array | None = None) -> jax.Array:
-  """Attention output, float[B, T, N, H]; see `attention_probs`."""
-  probs = attention_probs(q, k, mask, bias).astype(v.dtype)
-  out = jnp.einsum('BKGTS,BSKH->BTKGH', probs, v)
-  return out.reshape(q.shape)
+  """Attention output, float[B, T, N, H]; see `attention_probs`.
+
+  Divides by the softmax's denominator after the weighted sum of the values:
+  H numbers per query and head instead of S.
+  """
+  logits = _logits(q, k, mask, bias)
+  peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  weights = jnp.exp(logits - peak)
+  out = jnp.einsum('BKGTS,BSKH->BKGTH', weights.astype(v.dtype), v,
+                   preferred_element_type=jnp.float32)
+  out = out / jnp.sum(weights, axis=-1, keepdims=True)
+  return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(v.dtype)
+
+
+def _logits(q: jax.Array, k: jax.Array, mask: jax.Array,
+            bias: jax.Array | None) -> jax.Array:
+  """float32[B, K, G, T, S]; where masked, MASK_VALUE absorbs all else."""
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  logits = jnp.einsum('BTKGH,BSKH->BKGTS', q.reshape(B, T, K, N // K, H), k,
+                      preferred_element_type=jnp.float32) * H ** -0.5
+  added = jnp.where(mask, 0.0 if bias is None else bias, MASK_VALUE)
+  return logits + added[:, None, None]
