@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -20,9 +21,9 @@ SHRUNK = '''
 """The study's page, shrunk."""
 from vlm_compress.cli.train import load_module
 page = load_module('configs/study.py')
-PLAN = ('ub', 'voco1', 'qformer1', 'atp25', 'random25', 'voco1_kl',
+PLAN = ('ub', 'voco8', 'voco1', 'qformer1', 'atp25', 'random25', 'voco8_kl',
         'atp25_frozen')
-COUNTS_FROM = page.COUNTS_FROM
+COUNTS_FROM, START_FROM = page.COUNTS_FROM, page.START_FROM
 
 def get_config(stage):
   config = page.get_config(stage)
@@ -38,11 +39,16 @@ def test_every_stage_of_the_page_is_a_config():
   page = load_module('configs/study.py')
   assert set(page.COUNTS_FROM) | set(page.ATP_PERCENT) <= set(page.PLAN)
   stages = {name: bridge(page.get_config(name)) for name in page.PLAN}
-  assert stages['voco1_kl'].recipe.teacher == 'frozen'
+  assert stages['voco8_kl'].recipe.teacher == 'frozen'
   assert stages['atp25_frozen'].recipe.trainable == ('atp/',)
   pruned = [s for s in stages.values() if s.recipe.batch_size == 32]
   assert len(pruned) == 8 and all(s.rows.one_turn for s in pruned)
-  assert len({s.recipe.steps for s in stages.values()}) == 1
+  for name, start in page.START_FROM.items():
+    assert page.PLAN.index(start) < page.PLAN.index(name)
+  steps = {name: stage.recipe.steps for name, stage in stages.items()}
+  assert steps['voco8'] + steps['voco1'] == steps['pool1'] == steps['qformer1']
+  rest = set(page.PLAN) - {'voco1', 'pool1', 'qformer1'}
+  assert len({steps[name] for name in rest}) == 1
 
 
 def test_two_seeds_and_again(tmp_path, capsys):
@@ -56,16 +62,20 @@ def test_two_seeds_and_again(tmp_path, capsys):
   assert 'add atp25 to --stages' in capsys.readouterr().err
   assert cli.main([*argv, '--stages', 'atp52']) == 2
   assert 'atp52: unknown' in capsys.readouterr().err
-  argv += ['--stages', 'ub', 'voco1', 'qformer1', 'atp25', 'random25',
-           '--seeds']
+  assert cli.main([*argv, '--seeds', '0', '--stages', 'voco1']) == 2
+  assert 'add voco8 to --stages' in capsys.readouterr().err
+  argv += ['--stages', 'ub', 'voco8', 'voco1', 'atp25', 'random25', '--seeds']
   assert cli.main([*argv, '0', '1']) == 0
   rows = json.loads((work / 'report.json').read_text())['rows']
-  for method in ('full', 'question only', 'VoCo', 'Q-Former', 'ATP'):
+  for method in ('full', 'question only', 'ATP'):
     assert sorted(r['seed'] for r in rows if r['method'] == method) == [0, 1]
+  voco = [r for r in rows if r['method'] == 'VoCo']
+  assert sorted((r['seed'], r['layer_average_tokens']) for r in voco) == [
+      (0, 1), (0, 8), (1, 1), (1, 8)]
   atp = [r for r in rows if r['method'] == 'ATP']
   for row in atp:
     floors = [r for r in rows if r['method'] == 'random' and
-              r['seed'] == row['seed'] and r['layer_average_tokens'] > 1]
+              r['seed'] == row['seed'] and r['layer_average_tokens'] > 8]
     assert sorted(f['trained'] for f in floors) == [False, True]
     for floor in floors:  # the same whole numbers in every layer
       kept = floor['kept_per_layer']
@@ -77,6 +87,9 @@ def test_two_seeds_and_again(tmp_path, capsys):
     assert row['ratio_to_full'] == want
   before = {p: p.stat().st_mtime_ns for p in work.glob('seed*/*/rows.json')}
   assert len(before) == 10
+  # rows are enough: voco1's need no weights of voco8
+  for folder in work.glob('seed*/voco8/model'):
+    shutil.rmtree(folder)
   assert cli.main([*argv, '0']) == 0
   assert before == {p: p.stat().st_mtime_ns
                     for p in work.glob('seed*/*/rows.json')}
@@ -90,10 +103,11 @@ def test_two_seeds_and_again(tmp_path, capsys):
                  and r['seed'] == row['seed'])
     assert abs(row['differences']['random']['mean'] -
                (row['accuracy'] - other['accuracy'])) < 1e-9
-  assert cli.main([*argv, '0', '--stages', 'voco1_kl', 'atp25_frozen']) == 0
+  assert cli.main([*argv, '0', '--stages', 'qformer1', 'voco8_kl',
+                   'atp25_frozen']) == 0
   found = {r['method'] for r in
            json.loads((work / 'report.json').read_text())['rows']}
-  assert {'VoCo, CE + KL', 'ATP, frozen decoder'} <= found
+  assert {'VoCo, CE + KL', 'ATP, frozen decoder', 'Q-Former'} <= found
   # rows of other settings are not taken for these
   page.write_text(SHRUNK.replace('steps=2', 'steps=3'))
   assert cli.main([*argv, '0']) == 2

@@ -25,7 +25,7 @@ from vlm_compress.cli.stage import Stage, bridge, describe, run_stage
 from vlm_compress.cli.train import load_module
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
 from vlm_compress.config import check
-from vlm_compress.convert.files import load_config, load_params
+from vlm_compress.convert.files import WEIGHTS, load_config, load_params
 from vlm_compress.eval import scoring
 from vlm_compress.eval.evaluator import Method, Question, questions_of
 from vlm_compress.eval.report import print_table, write_report
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     for name in [n for n in page.PLAN if n in (args.stages or page.PLAN)]:
       here = args.workdir / f'seed{seed}' / name
       stage = stage_of(page, name, seed, args)
-      claim_workdir(here, describe(stage))
+      claim_workdir(here, settings(stage, here))
       if not (here / 'rows.json').exists():
         say(f'[seed {seed}: {name}]')
         rows = one(stage, name, here, train, test, base, say)
@@ -96,7 +96,9 @@ def stage_of(page, name: str, seed: int, args) -> Stage:
   """
   config = page.get_config(name)
   config.train.seed = seed
-  config.init_from = str(args.base)
+  start = page.START_FROM.get(name)
+  config.init_from = str(args.base if start is None else
+                         args.workdir / f'seed{seed}' / start / 'model')
   source = page.COUNTS_FROM.get(name)
   if source is not None:
     path = args.workdir / f'seed{seed}' / source / 'rows.json'
@@ -105,6 +107,23 @@ def stage_of(page, name: str, seed: int, args) -> Stage:
     counts = json.loads(path.read_text())[0]['module_counts']
     config.model.atp.fixed_counts = tuple(counts)
   return bridge(config)
+
+
+def settings(stage: Stage, here: pathlib.Path) -> dict[str, Any]:
+  """What a run is known by; one that has finished can outlive its start.
+
+  Raises:
+    ConfigError: the weights to start from are missing and still needed.
+  """
+  if (pathlib.Path(stage.init_from) / WEIGHTS).exists():
+    return describe(stage)
+  check((here / 'rows.json').exists(), f'{here.name} starts from '
+        f'{stage.init_from}, which has no {WEIGHTS}: add '
+        f'{pathlib.Path(stage.init_from).parent.name} to --stages; if only its '
+        'rows are left, delete its folder to train it again')
+  known = json.loads((here / 'config.json').read_text())
+  return {**describe(dataclasses.replace(stage, init_from='')),
+          'init_from': known['init_from']}
 
 
 def collect(page, args) -> tuple[list, list, dict[str, Any]]:
@@ -118,12 +137,13 @@ def collect(page, args) -> tuple[list, list, dict[str, Any]]:
     seed = int(folder.name.removeprefix('seed'))
     for name in [n for n in page.PLAN if (folder / n / 'rows.json').exists()]:
       stage, here = stage_of(page, name, seed, args), folder / name
-      claim_workdir(here, describe(stage))
+      known = settings(stage, here)
+      claim_workdir(here, known)
       rows += json.loads((here / 'rows.json').read_text())
       stages.append({'name': f'{name}, seed {seed}',
                      'seconds': float((here / 'seconds.txt').read_text()),
                      'steps': stage.recipe.steps})
-      configs[f'{name}, seed {seed}'] = describe(stage)
+      configs[f'{name}, seed {seed}'] = known
   return rows, stages, configs
 
 
