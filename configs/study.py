@@ -1,19 +1,19 @@
 r"""A longer study: every method trained, floors trained too, three seeds.
 
 Command:   vlm-compress study --config=configs/study.py --workdir=study
-One stage: vlm-compress train --config=configs/study.py:voco1 --workdir=... \
+One stage: vlm-compress train --config=configs/study.py:voco8 --workdir=... \
              --config.init_from=vlm_compress/checkpoints/quickstart
 Hardware:  2 CPU cores, 6 GB; it may be interrupted and goes on.
 Expected:  the table in the README.
 
-All compressed models and all floors start from the base model that ships with
-the package (--base takes another) and train for the same number of steps on the
-kinds of question that it has learned; seeds differ in order, drawing and fresh
-parameters.  Floors are trained at 25 %; at 35 and 18 % they are training-free.
+Models and floors start from the base model that ships with the package (--base
+takes another) and train for STEPS steps on the kinds of question that it has
+learned; seeds differ in order, drawing and fresh parameters.  Floors are trained
+at 25 %; at 35 and 18 % they are training-free.
 
-VoCo with fewer tokens starts from VoCo with 8.  One token takes longer to
-learn: everything with one token trains for ONE_TOKEN_STEPS, VoCo's steps with 8
-tokens included.
+Exceptions: VoCo with fewer than 8 tokens starts from VoCo with 8, as in the
+quickstart, so that 2 and 4 tokens have had 2 x STEPS in all; and everything with
+one token has ONE_TOKEN_STEPS in all, VoCo's steps with 8 tokens included.
 """
 
 from __future__ import annotations

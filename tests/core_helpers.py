@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from vlm_compress import config as config_lib
+from vlm_compress import presets
 from vlm_compress.models import llava, sequence
 
 # Compiling is what takes the time here, not running.
@@ -33,14 +34,14 @@ IMAGE, VOCO = -200, 200  # placeholders, outside the tiny vocabulary
 def tiny(**fields) -> config_lib.LlavaConfig:
   """The preset `tiny` (P = 16, M = 4, V = 96), with fields replaced."""
   fields = {'voco_token_index': VOCO, **fields}
-  return dataclasses.replace(config_lib.preset('tiny'), **fields)
+  return dataclasses.replace(presets.preset('tiny'), **fields)
 
 
 def voco_config(num_voco_tokens: int = 2, text=None, **fields):
   """A tiny model with VoCo; `fields` of VocoConfig, `text` of TextConfig."""
   voco = config_lib.VocoConfig(num_voco_tokens, **fields)
   return tiny(voco=voco, text=dataclasses.replace(
-      config_lib.preset('tiny').text, **(text or {})))
+      presets.preset('tiny').text, **(text or {})))
 
 
 def atp_config(**fields):

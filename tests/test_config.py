@@ -9,13 +9,14 @@ import core_helpers as helpers
 import pytest
 
 from vlm_compress import config as config_lib
+from vlm_compress import presets
 from vlm_compress.config import (
-    AtpConfig,
-    ConfigError,
-    LlavaConfig,
-    TextConfig,
-    VisionConfig,
-    VocoConfig,
+  AtpConfig,
+  ConfigError,
+  LlavaConfig,
+  TextConfig,
+  VisionConfig,
+  VocoConfig,
 )
 from vlm_compress.train.recipe import Recipe
 
@@ -30,7 +31,7 @@ POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
     (lambda: config_lib.from_dict({'text': {'hidden_sise': 4}}),
      ['hidden_sise', 'TextConfig', 'hidden_size']),
     (lambda: config_lib.from_dict({'tekst': {}}), ['tekst', 'LlavaConfig']),
-    (lambda: config_lib.preset('huge'), ['huge', 'tiny']),
+    (lambda: presets.preset('huge'), ['huge', 'tiny']),
     # tiny, first module after 1 of 4 layers: (16 + 3) / 4
     (lambda: helpers.atp_config(target_tokens=4.0),
      ['target_tokens=4', 'floor 4.75', 'prune earlier']),
@@ -92,8 +93,8 @@ def test_errors_name_field_and_remedy_in_one_line(make, parts):
 
 
 @pytest.mark.parametrize('config', [
-    PLAIN, VOCO_MODEL, ATP, FIXED, POOLED, config_lib.preset('llava_1_5_7b'),
-    config_lib.preset('llava_1_5_13b')])
+    PLAIN, VOCO_MODEL, ATP, FIXED, POOLED, presets.preset('llava_1_5_7b'),
+    presets.preset('llava_1_5_13b')])
 def test_dict_and_back(config):
   values = json.loads(json.dumps(config_lib.to_dict(config)))
   assert config_lib.from_dict(values) == config

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
+import shutil
 import uuid
 from collections.abc import Iterator
 
@@ -39,3 +41,31 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   with replace(path) as temporary:
     temporary.write_text(text, encoding='utf-8')
+
+
+@contextlib.contextmanager
+def directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives a directory to fill that becomes `path` when the block ends.
+
+  If the block raises, nothing of it is left.
+
+  Args:
+    path: the directory to be; it must not exist, or be empty.
+
+  Yields:
+    The directory to write to, beside it.
+
+  Raises:
+    FileExistsError: `path` is a file, or a directory with something in it.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise FileExistsError(errno.EEXIST, 'exists and is not empty', str(path))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+  temporary.mkdir()
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)

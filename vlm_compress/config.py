@@ -19,6 +19,7 @@ SCORES = ('both', 'self', 'cross')
 CROSS_QUERIES = ('all', 'last')
 CRITERIA = ('both', 'redundant', 'spatial')
 DTYPES = ('float32', 'bfloat16')
+PARAM_DTYPES = (*DTYPES, 'float16')
 
 
 class ConfigError(ValueError):
@@ -29,6 +30,12 @@ def check(condition: bool, message: str) -> None:
   """Raises ConfigError(message) unless the condition holds."""
   if not condition:
     raise ConfigError(message)
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    check(value > 0, f'{section}.{name}={value}: must be positive')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,9 @@ class VisionConfig:
     check(self.model_type in VISION_TYPES,
           f'vision.model_type={self.model_type!r} is unknown; '
           f'use one of {VISION_TYPES}')
-    check(self.patch_size > 0 and self.image_size % self.patch_size == 0,
+    _positive('vision', self, 'image_size', 'patch_size', 'hidden_size',
+              'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+    check(self.image_size % self.patch_size == 0,
           f'vision.image_size={self.image_size} is no multiple of '
           f'vision.patch_size={self.patch_size}')
     check(self.hidden_act in ('quick_gelu', 'gelu'),
@@ -110,6 +119,9 @@ class TextConfig:
   initializer_range: float = 0.02
 
   def __post_init__(self):
+    _positive('text', self, 'vocab_size', 'hidden_size', 'intermediate_size',
+              'num_hidden_layers', 'num_attention_heads',
+              'num_key_value_heads', 'rope_theta', 'max_position_embeddings')
     derived, rest = divmod(self.hidden_size, self.num_attention_heads)
     check(self.head_dim != 0 or rest == 0,
           f'text.hidden_size={self.hidden_size} is no multiple of '
@@ -229,6 +241,9 @@ class AtpConfig:
     for name in ('init_theta_r', 'init_theta_s'):
       value = getattr(self, name)
       check(0.0 < value < 1.0, f'atp.{name}={value}: strictly between 0 and 1')
+    _positive('atp', self, 'threshold_hidden_size', 'target_tokens')
+    for name in ('lambda_atp', 'lambda_target'):
+      check(getattr(self, name) >= 0.0, f'atp.{name}: not negative')
     check(0.0 < self.temperature_start <= self.temperature_end,
           'atp.temperature_start must be positive and at most temperature_end')
 
@@ -269,8 +284,9 @@ class LlavaConfig:
   def __post_init__(self):
     check(self.resampler in RESAMPLERS,
           f'resampler={self.resampler!r}: use one of {RESAMPLERS}')
-    check((self.resampler == 'none') == (self.num_query_tokens == 0),
-          'num_query_tokens must be set with a resampler and be 0 without')
+    check((self.num_query_tokens > 0) if self.resampler != 'none' else
+          (self.num_query_tokens == 0),
+          'num_query_tokens must be positive with a resampler and 0 without')
     check(self.voco is None or self.atp is None,
           'voco and atp are both set: a model has one compression method')
     check(self.resampler == 'none' or self.atp is None,
@@ -285,8 +301,9 @@ class LlavaConfig:
     check(self.projector_hidden_act in ('gelu', 'gelu_tanh'),
           f'projector_hidden_act={self.projector_hidden_act!r}: use gelu '
           '(exact) or gelu_tanh')
-    for name in ('dtype', 'param_dtype'):
-      check(getattr(self, name) in DTYPES, f'{name}: use one of {DTYPES}')
+    check(self.dtype in DTYPES, f'dtype: use one of {DTYPES}')
+    check(self.param_dtype in PARAM_DTYPES,
+          f'param_dtype: use one of {PARAM_DTYPES}')
     if self.atp is not None:
       check_atp(self)
 
@@ -336,29 +353,6 @@ def prune_after_for(num_hidden_layers: int) -> tuple[int, ...]:
   shares = (0.125, 0.4375, 0.75)
   layers = [max(1, int(num_hidden_layers * share)) for share in shares]
   return tuple(sorted({l for l in layers if l < num_hidden_layers}))
-
-
-def preset(name: str) -> LlavaConfig:
-  """Named model sizes: 'tiny', 'llava_1_5_7b', 'llava_1_5_13b'."""
-  if name == 'tiny':
-    return LlavaConfig(
-        vision=VisionConfig(image_size=24, patch_size=6, hidden_size=32,
-                            intermediate_size=48, num_hidden_layers=3,
-                            num_attention_heads=4),
-        text=TextConfig(vocab_size=96, hidden_size=32, intermediate_size=48,
-                        num_hidden_layers=4, num_attention_heads=4,
-                        num_key_value_heads=2, max_position_embeddings=256,
-                        initializer_range=0.1))
-  if name == 'llava_1_5_7b':
-    return LlavaConfig(dtype='bfloat16', remat=True)
-  if name == 'llava_1_5_13b':
-    return LlavaConfig(
-        text=TextConfig(hidden_size=5120, intermediate_size=13824,
-                        num_hidden_layers=40, num_attention_heads=40,
-                        num_key_value_heads=40),
-        dtype='bfloat16', remat=True)
-  raise ConfigError(f'preset {name!r} is unknown; use tiny, llava_1_5_7b or '
-                    'llava_1_5_13b')
 
 
 def to_dict(config: Any) -> dict[str, Any]:

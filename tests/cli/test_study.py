@@ -80,9 +80,9 @@ def test_two_seeds_and_again(tmp_path, capsys):
     for floor in floors:  # the same whole numbers in every layer
       kept = floor['kept_per_layer']
       assert [kept[1], kept[3], kept[6]] == row['module_counts']
-  full = [r for r in rows if r['method'] == 'full']
+  full = {r['seed']: r for r in rows if r['method'] == 'full'}
   for row in rows:
-    mine = next(f for f in full if f['seed'] == row['seed'])
+    mine = full[row['seed']]
     want = row['accuracy'] / mine['accuracy'] if mine['accuracy'] else None
     assert row['ratio_to_full'] == want
   before = {p: p.stat().st_mtime_ns for p in work.glob('seed*/*/rows.json')}

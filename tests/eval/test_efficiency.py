@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_compress import config as config_lib
+from vlm_compress import presets
 from vlm_compress.eval import efficiency
 
 TEXT = config_lib.TextConfig(
@@ -15,7 +16,7 @@ VISION = config_lib.VisionConfig(
     image_size=4, patch_size=2, hidden_size=4, intermediate_size=8,
     num_hidden_layers=3, num_attention_heads=2)
 TINY = config_lib.LlavaConfig(vision=VISION, text=TEXT)
-SEVEN_B = config_lib.preset('llava_1_5_7b')
+SEVEN_B = presets.preset('llava_1_5_7b')
 # Per token and layer of TEXT: q, k, v 2*4*(4+2*2) = 64, o 2*4*4 = 32,
 # feed-forward 6*4*6 = 144; per pair 4*2*2 = 16.
 PER_TOKEN, PER_PAIR = 240, 16

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_compress import config as config_lib
-from vlm_compress import sharding
+from vlm_compress import presets, sharding
 from vlm_compress.config import ConfigError, VisionConfig
 from vlm_compress.models.clip_vit import (
-    ClipVisionTower,
-    LayerNorm,
-    activation,
-    num_layers_run,
+  ClipVisionTower,
+  LayerNorm,
+  activation,
+  num_layers_run,
 )
 
 CONFIG = VisionConfig(image_size=12, patch_size=6, hidden_size=8,
@@ -233,7 +232,7 @@ def test_layer_norm_computes_in_float32():
 
 
 def test_the_7b_tower_has_the_size_of_vit_l():
-  config = config_lib.preset('llava_1_5_7b').vision
+  config = presets.preset('llava_1_5_7b').vision
   tower = ClipVisionTower(config)
   pixels = jax.ShapeDtypeStruct((1, 336, 336, 3), jnp.float32)
   features, variables = jax.eval_shape(tower.init_with_output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,3 +77,30 @@ def test_softmax_is_float32_and_output_keeps_the_dtype():
   np.testing.assert_allclose(
       np.asarray(out, np.float32),
       attention(*(np.asarray(x, np.float32) for x in half), mask), atol=3e-2)
+
+
+def test_keep_is_a_mask_whose_missing_keys_have_a_gradient():
+  q, k, v, mask, _ = _inputs(3)
+  k[0, 3] *= 40.0  # far above the others, and out
+  mask[:, :, 4] = True
+  keep = jnp.ones((B, T, S)).at[:, :, 3].set(0.0).at[1, :, 4].set(0.0)
+  got = attention(q, k, v, mask, keep=keep)
+  np.testing.assert_allclose(got, attention(q, k, v, mask & (keep > 0)),
+                             rtol=1e-5, atol=1e-6)
+  # what letting key 4 in by a little would do
+  total = lambda keep: jnp.sum(jnp.sin(attention(q, k, v, mask, keep=keep)))
+  slope = jax.grad(total)(keep)
+  step = jnp.zeros_like(keep).at[1, :, 4].set(1e-2)
+  want = (total(keep + step) - total(keep)) / 1e-2
+  assert abs(want) > 0.01
+  np.testing.assert_allclose(jnp.sum(slope[1, :, 4]), want, rtol=0.05)
+  assert bool(jnp.isfinite(slope).all())
+  assert (np.asarray(slope)[~mask] == 0).all()
+
+
+def test_a_query_that_sees_nothing_moves_nothing():
+  q, k, v, mask, _ = _inputs(4)
+  mask[0, 2] = False
+  one = lambda q, k: jnp.sum(attention(q, k, v, mask)[0, 2] ** 2)
+  for slope in jax.grad(one, argnums=(0, 1))(q, k):
+    assert (np.asarray(slope) == 0).all()

@@ -184,6 +184,11 @@ def test_workdir_of_another_config_is_refused_with_the_field(tmp_path):
   checkpoint.claim_workdir(tmp_path, config)
   checkpoint.claim_workdir(tmp_path, config)
   other = {'train': {'steps': 8, 'betas': (1, 2)}, 'model': {'atp': None}}
+  # as long as nothing was trained there, another one may have it
+  (tmp_path / 'checkpoints').mkdir()
+  checkpoint.claim_workdir(tmp_path, other)
+  checkpoint.claim_workdir(tmp_path, config)
+  (tmp_path / 'checkpoints' / '2').mkdir()
   with pytest.raises(ConfigError, match=r'train\.steps: 7 -> 8') as e:
     checkpoint.claim_workdir(tmp_path, other)
   assert 'betas' not in str(e.value) and '\n' not in str(e.value)
@@ -225,11 +230,15 @@ def test_one_device_is_eight_devices(stage, uninterrupted, tmp_path):
   config = {'instruct': CONFIG, 'atp': ATP}[stage]
   recipe = dataclasses.replace(RECIPE, stage=stage)
   mesh = sharding.make_mesh(2, 2, 2) if stage == 'atp' else None
-  _fit(config, recipe, tmp_path, mesh=mesh)
-  eight, one = _metrics(tmp_path), _metrics(uninterrupted[stage][0])
+  params = _fit(config, recipe, tmp_path, mesh=mesh)
+  whole, want = uninterrupted[stage]
+  eight, one = _metrics(tmp_path), _metrics(whole)
   assert [r['step'] for r in eight] == [2, 4, 6, 7]
   for a, b in zip(eight, one, strict=True):
     helpers.close(a['loss'], b['loss'], 1e-5)
+  want = helpers.flat(want)
+  for path, value in helpers.flat(params).items():
+    helpers.close(value, want[path], 1e-5)
 
 
 def test_batch_that_does_not_divide_is_refused(tmp_path):

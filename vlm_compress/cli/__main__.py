@@ -69,8 +69,20 @@ def study(argv: list[str]) -> int:
   return command.main(argv)
 
 
-COMMANDS = {f.__name__: f
-            for f in (quickstart, train, evaluate, generate, study)}
+def convert(argv: list[str]) -> int:
+  """turns public weights into a model directory: --from=DIR --to=DIR"""
+  from vlm_compress.cli import convert as command
+  return command.main(argv)
+
+
+def export(argv: list[str]) -> int:
+  """writes a model directory in Hugging Face's format: --from=DIR --to=DIR"""
+  from vlm_compress.cli import export as command
+  return command.main(argv)
+
+
+COMMANDS = {f.__name__: f for f in (quickstart, train, evaluate, generate,
+                                    study, convert, export)}
 
 
 def usage() -> str:

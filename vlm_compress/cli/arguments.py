@@ -17,6 +17,9 @@ class Parser(argparse.ArgumentParser):
     raise ConfigError(f'{message}; see {self.prog} --help')
 
 
+MAX_SEED = 2 ** 31 - 1  # jax's keys take 32 bits and drop the rest silently
+
+
 def number(kind: type, low: float, high: float = math.inf, *,
            exclude_low: bool = False) -> Callable[[str], float]:
   """A `type=` of argparse: a finite number between bounds.

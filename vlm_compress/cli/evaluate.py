@@ -16,7 +16,7 @@ import pathlib
 from rich.console import Console
 
 from vlm_compress.cli import results
-from vlm_compress.cli.arguments import Parser, number
+from vlm_compress.cli.arguments import MAX_SEED, Parser, number
 from vlm_compress.cli.stage import bridge
 from vlm_compress.cli.train import load_page, override
 from vlm_compress.cli.workspace import check_tower, open_split
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
                  help='where data sets and features are kept (%(default)s)')
   p.add_argument('--out', type=pathlib.Path,
                  help='write report.json, report.md and report.html here')
-  p.add_argument('--seed', type=number(int, 0), default=0,
+  p.add_argument('--seed', type=number(int, 0, MAX_SEED), default=0,
                  help='of random selection (%(default)s)')
   return p
 

@@ -14,7 +14,7 @@ import sys
 import jax
 import numpy as np
 
-from vlm_compress.cli.arguments import Parser, number
+from vlm_compress.cli.arguments import MAX_SEED, Parser, number
 from vlm_compress.cli.evaluate import own_method
 from vlm_compress.cli.workspace import encoder
 from vlm_compress.config import check
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
                  help='0 is greedy (%(default)s)')
   p.add_argument('--top-p', type=number(float, 0, 1, exclude_low=True),
                  default=1.0, help='(%(default)s)')
-  p.add_argument('--seed', type=number(int, 0), default=0,
+  p.add_argument('--seed', type=number(int, 0, MAX_SEED), default=0,
                  help='(%(default)s)')
   return p
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
   check(config.vision.model_type == 'efficientnet_lite0',
         f'{args.checkpoint} has a {config.vision.model_type} tower, whose '
         'weights a model directory does not hold yet')
-  data = args.image.read_bytes()
+  data = images.read_bytes(args.image.parent, args.image.name)
   picture = images.decode(data, str(args.image))
   pixels = images.tower_pixels(picture, config.vision)
   features = encoder()[0](np.asarray(pixels)[None])

@@ -25,7 +25,7 @@ from rich.console import Console
 
 import vlm_compress
 from vlm_compress.cli import results
-from vlm_compress.cli.arguments import Parser, number
+from vlm_compress.cli.arguments import MAX_SEED, Parser, number
 from vlm_compress.cli.quickstart_config import get_config
 from vlm_compress.cli.stage import Stage, bridge, run_stage
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
              description=__doc__.splitlines()[0])
   p.add_argument('--workdir', type=pathlib.Path, default='quickstart',
                  help='data, checkpoints and report go here (%(default)s)')
-  p.add_argument('--seed', type=number(int, 0), default=0,
+  p.add_argument('--seed', type=number(int, 0, MAX_SEED), default=0,
                  help='of training and random selection (%(default)s)')
   p.add_argument('--from-scratch', action='store_true',
                  help='train the base model too (a few times as long)')

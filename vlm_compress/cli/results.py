@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_compress.cli.workspace import Message
 from vlm_compress.compress.baselines.pooling import pooled_grid
-from vlm_compress.config import AtpConfig, LlavaConfig, VocoConfig
+from vlm_compress.config import AtpConfig, LlavaConfig, check
 from vlm_compress.data.examples import Example
 from vlm_compress.data.tokenizer import Tokenizer
 from vlm_compress.eval import scoring
@@ -184,7 +184,15 @@ def voco_rows(bench: Bench, base: LlavaConfig, base_params: Any,
     The bounds, for `relate`.
   """
   budget = float(num_voco)
-  plain = dataclasses.replace(base, voco=VocoConfig(num_voco))
+  check(base.voco is not None, 'the reference has no VoCo token: its bounds '
+        'need the model that VoCo was trained from')
+  plain = dataclasses.replace(base, voco=dataclasses.replace(
+      trained.voco, num_voco_tokens=num_voco))
+  have = (base.voco.distinct_rows, base.voco.num_voco_tokens)
+  check(have[0] == trained.voco.distinct_rows and
+        (not have[0] or have[1] >= num_voco), 'the reference has other VoCo '
+        f'rows (distinct_rows={have[0]}, {have[1]} tokens) than the model; '
+        'bounds need the same')
   upper = bench.run(Method(f'upper bound (UB), C={num_voco}', plain,
                            base_params, 'causal', num_voco, seed=seed))
   lower = bench.run(Method('lower bound (LB)', plain,

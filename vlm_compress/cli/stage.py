@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vlm_compress.atomic import write_text
 from vlm_compress.cli.workspace import (
   DataSpec,
   Message,
@@ -25,7 +26,7 @@ from vlm_compress.data.input_pipeline import make_dataset
 from vlm_compress.data.rows import RowSpec, plain_collate, row_maker, voco_collate
 from vlm_compress.data.tokenizer import Tokenizer
 from vlm_compress.models.llava import Llava
-from vlm_compress.train.checkpoint import claim_workdir, write_text
+from vlm_compress.train.checkpoint import claim_workdir
 from vlm_compress.train.loop import fit
 from vlm_compress.train.recipe import Recipe
 
@@ -94,12 +95,28 @@ def bridge(config: ConfigDict) -> Stage:
         headline=tuple(ev['headline']), init_from=values['init_from'])
   except KeyError as e:
     raise ConfigError(f'config field {e} is missing') from e
+  lost = sorted(set(stage.headline) - {
+      kind for kind, count in stage.per_kind.items() if count > 0})
+  check(bool(stage.headline) and not lost, f'config.eval.headline='
+        f'{list(stage.headline)}: needs kinds that eval.per_kind asks')
+  check(stage.num_test >= 1, 'config.eval.num_test: at least 1')
+  _check_voco_rows(stage)
   check(stage.recipe.stage != 'atp' or stage.rows.one_turn,
         'train.stage="atp" needs rows.one_turn=True: at inference the '
         'thresholds come from the first question alone')
   check_tower(stage.data, from_dict(stage.model.get('vision', {}),
                                     VisionConfig), 'config.model')
   return stage
+
+
+def _check_voco_rows(stage: Stage) -> None:
+  """Rows must not carry VoCo tokens that the model has no embedding for."""
+  most = max(stage.rows.num_voco_tokens, default=0)
+  voco = stage.model.get('voco')
+  have = 0 if voco is None else voco.get('num_voco_tokens', 1)
+  check(most <= have, f'config.rows.num_voco_tokens='
+        f'{stage.rows.num_voco_tokens} is more than the '
+        f'{have} of config.model.voco; set both')
 
 
 def describe(stage: Stage) -> dict[str, Any]:
@@ -135,8 +152,8 @@ def stage_batches(stage: Stage, config: LlavaConfig, split: Split,
 
 
 def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
-              message: Message, tensorboard: bool = True
-              ) -> tuple[LlavaConfig, dict[str, Any], float]:
+              message: Message, tensorboard: bool = True,
+              settings: dict[str, Any] | None = None) -> tuple[LlavaConfig, dict[str, Any], float]:
   """Trains a stage, or goes on with it, or finds it done.
 
   Args:
@@ -145,24 +162,35 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
     split: training data.
     message: called with lines for the user.
     tensorboard: write event files.
+    settings: what the workdir is known by; describe(stage) by default.
 
   Returns:
-    The model's config, its parameters, and seconds of the sitting that
-    finished it.
+    The model's config, its parameters, and seconds of all sittings but killed
+    ones.
   """
   tokenizer = tokenizer_for(stage.data, split.examples)
   config = model_config(stage.model, tokenizer)
-  claim_workdir(workdir, describe(stage))
+  learns = stage.recipe.trainable
+  check(bool(stage.init_from) or not (
+      stage.recipe.teacher == 'frozen' or learns and all(
+          prefix.startswith('atp') for prefix in learns)),
+        'a frozen teacher or a frozen decoder needs trained weights: set '
+        '--config.init_from')
+  claim_workdir(workdir, describe(stage) if settings is None else settings)
   result, clock = workdir / 'model', workdir / 'seconds.txt'
   if (result / 'config.json').exists():  # written last
     return config, load_params(result), float(clock.read_text())
   given = load_params(stage.init_from) if stage.init_from else None
+  before = float(clock.read_text()) if clock.exists() else 0.0
   started = time.perf_counter()
-  params = fit(Llava(config, unroll=_unroll(config, stage.recipe.steps)), stage.recipe,
-               stage_batches(stage, config, split, tokenizer), workdir,
-               params=given, tensorboard=tensorboard, message=message)
-  seconds = time.perf_counter() - started
-  write_text(clock, f'{seconds:.1f}')
+  try:
+    params = fit(Llava(config, unroll=_unroll(config, stage.recipe.steps)),
+                 stage.recipe, stage_batches(stage, config, split, tokenizer),
+                 workdir, params=given, tensorboard=tensorboard,
+                 message=message)
+  finally:
+    seconds = before + time.perf_counter() - started
+    write_text(clock, f'{seconds:.1f}')
   save_model(result, params, config, tokenizer)
   return config, params, seconds
 

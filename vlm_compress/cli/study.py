@@ -18,8 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
+from vlm_compress.atomic import write_text
 from vlm_compress.cli import results
-from vlm_compress.cli.arguments import Parser, number
+from vlm_compress.cli.arguments import MAX_SEED, Parser, number
 from vlm_compress.cli.quickstart import SHIPPED, versions
 from vlm_compress.cli.stage import Stage, bridge, describe, run_stage
 from vlm_compress.cli.train import load_module
@@ -30,7 +31,7 @@ from vlm_compress.eval import scoring
 from vlm_compress.eval.evaluator import Method, Question, questions_of
 from vlm_compress.eval.report import print_table, write_report
 from vlm_compress.eval.tables import role_of, same_budget
-from vlm_compress.train.checkpoint import claim_workdir, write_text
+from vlm_compress.train.checkpoint import claim_workdir
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument('--base', type=pathlib.Path, default=SHIPPED,
                  help='model that all runs start from; default: the one that '
                  'ships with the package')
-  p.add_argument('--seeds', type=number(int, 0), nargs='+', default=[0, 1, 2],
+  p.add_argument('--seeds', type=number(int, 0, MAX_SEED), nargs='+', default=[0, 1, 2],
                  help='(%(default)s)')
   p.add_argument('--stages', nargs='+', help='only these of PLAN')
   p.add_argument('--allow-partial', action='store_true',
@@ -70,11 +71,12 @@ def main(argv: list[str]) -> int:
   for seed in args.seeds:
     for name in [n for n in page.PLAN if n in (args.stages or page.PLAN)]:
       here = args.workdir / f'seed{seed}' / name
-      stage = stage_of(page, name, seed, args)
-      claim_workdir(here, settings(stage, here))
+      known = settings(page, name, seed, args)
+      claim_workdir(here, known)
       if not (here / 'rows.json').exists():
         say(f'[seed {seed}: {name}]')
-        rows = one(stage, name, here, train, test, base, say)
+        rows = one(stage_of(page, name, seed, args), name, here, train, test,
+                   base, known, say)
         write_text(here / 'rows.json', json.dumps(rows))
   rows, stages, configs = collect(page, args)
   finish(rows, [q.example for q in asked(stage, test)
@@ -96,10 +98,10 @@ def stage_of(page, name: str, seed: int, args) -> Stage:
   """
   config = page.get_config(name)
   config.train.seed = seed
-  start = page.START_FROM.get(name)
+  start = getattr(page, 'START_FROM', {}).get(name)
   config.init_from = str(args.base if start is None else
                          args.workdir / f'seed{seed}' / start / 'model')
-  source = page.COUNTS_FROM.get(name)
+  source = getattr(page, 'COUNTS_FROM', {}).get(name)
   if source is not None:
     path = args.workdir / f'seed{seed}' / source / 'rows.json'
     check(path.exists(), f'{name} keeps as many tokens as {source}, which has '
@@ -109,21 +111,19 @@ def stage_of(page, name: str, seed: int, args) -> Stage:
   return bridge(config)
 
 
-def settings(stage: Stage, here: pathlib.Path) -> dict[str, Any]:
-  """What a run is known by; one that has finished can outlive its start.
+def settings(page, name: str, seed: int, args) -> dict[str, Any]:
+  """What a run is known by.
 
-  Raises:
-    ConfigError: the weights to start from are missing and still needed.
+  One that starts from another run names that run's settings and not its
+  weights: rows are kept where weights are not, and weights that are trained
+  again differ in the last digits.
   """
-  if (pathlib.Path(stage.init_from) / WEIGHTS).exists():
+  stage = stage_of(page, name, seed, args)
+  start = getattr(page, 'START_FROM', {}).get(name)
+  if start is None:
     return describe(stage)
-  check((here / 'rows.json').exists(), f'{here.name} starts from '
-        f'{stage.init_from}, which has no {WEIGHTS}: add '
-        f'{pathlib.Path(stage.init_from).parent.name} to --stages; if only its '
-        'rows are left, delete its folder to train it again')
-  known = json.loads((here / 'config.json').read_text())
   return {**describe(dataclasses.replace(stage, init_from='')),
-          'init_from': known['init_from']}
+          'init_from': {'run': start, **settings(page, start, seed, args)}}
 
 
 def collect(page, args) -> tuple[list, list, dict[str, Any]]:
@@ -134,10 +134,13 @@ def collect(page, args) -> tuple[list, list, dict[str, Any]]:
   """
   rows, stages, configs = [], [], {}
   for folder in sorted(args.workdir.glob('seed*')):
-    seed = int(folder.name.removeprefix('seed'))
+    digits = folder.name.removeprefix('seed')
+    if not digits.isdecimal():
+      continue  # somebody's copy
+    seed = int(digits)
     for name in [n for n in page.PLAN if (folder / n / 'rows.json').exists()]:
       stage, here = stage_of(page, name, seed, args), folder / name
-      known = settings(stage, here)
+      known = settings(page, name, seed, args)
       claim_workdir(here, known)
       rows += json.loads((here / 'rows.json').read_text())
       stages.append({'name': f'{name}, seed {seed}',
@@ -152,11 +155,15 @@ def asked(stage: Stage, test: Split) -> list[Question]:
   return questions_of(test.take(stage.num_test), stage.per_kind)
 
 
-def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, say
-        ) -> list[dict[str, Any]]:
+def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, known,
+        say) -> list[dict[str, Any]]:
   """Trains one stage of one seed and returns its rows."""
+  weights = pathlib.Path(stage.init_from) / WEIGHTS
+  check(weights.exists(), f'{name} starts from {weights}, which is missing: add '
+        f'{weights.parent.parent.name} to --stages; if only its rows are left, '
+        'delete its folder to train it again')
   seed = stage.recipe.seed
-  model, params, _ = run_stage(stage, here, train, message=say)
+  model, params, _ = run_stage(stage, here, train, message=say, settings=known)
   bench = results.Bench(
       test.take(stage.num_test), test.features, asked(stage, test),
       stage.headline, tokenizer_for(stage.data, train.examples), stage.rows.template,

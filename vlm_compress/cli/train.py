@@ -98,8 +98,9 @@ def override(config: ConfigDict, flags: list[str]) -> None:
     *sections, field = name.removeprefix('--config.').split('.')
     node = config
     for section in sections:
-      check(section in node, f'{flag}: the config has no {section!r}; it has '
-            f'{sorted(node)}')
+      known = sorted(node) if isinstance(node, ConfigDict) else []
+      check(section in known, f'{flag}: the config has no {section!r}; it has '
+            f'{known or "no sections there"}')
       node = node[section]
     check(isinstance(node, ConfigDict) and field in node,
           f'{flag}: unknown config field {field!r}; known here: '

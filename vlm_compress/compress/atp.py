@@ -58,6 +58,12 @@ class PruneInputs:
   config: AtpConfig = flax.struct.field(pytree_node=False)
   grid_size: int = flax.struct.field(pytree_node=False)
 
+  @property
+  def straight_through(self) -> bool:
+    """Masks are hard forward and soft backward."""
+    return (self.config.straight_through and not self.hard
+            and self.config.selector == 'adaptive')
+
 
 @flax.struct.dataclass
 class PruneState:
@@ -208,10 +214,20 @@ def masked_by_keep(keep: jax.Array, inputs: PruneInputs, mask: jax.Array
   """
   keys = token_keep(keep, inputs)[:, None, :]
   itself = jnp.eye(mask.shape[1], dtype=bool)
-  if inputs.hard:
+  if inputs.hard or inputs.straight_through:
     return mask & ((keys > 0.5) | itself), None
   bias = jnp.where(itself, 0.0, jnp.log(jnp.maximum(keys, GONE)))
   return mask & ((keys > GONE) | itself), bias
+
+
+def straight_through_keep(keep: jax.Array, inputs: PruneInputs) -> jax.Array:
+  """The same mask for attention itself: hard forward, with a gradient.
+
+  Returns:
+    float32[B, T, T], 1 where a query may see the key.
+  """
+  keys = token_keep(keep, inputs)[:, None, :]
+  return jnp.where(jnp.eye(keys.shape[-1], dtype=bool), 1.0, keys)
 
 
 def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,

@@ -6,10 +6,12 @@ it can execute.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +22,15 @@ import numpy as np
 import safetensors
 import safetensors.flax
 
+from vlm_compress import atomic
 from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
 from vlm_compress.models.llava import Llava, init_params
 
 WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
+# Of other formats, kept beside the weights when they are there.
+TOKENIZER_FILES = (TOKENIZER, 'tokenizer.model', 'tokenizer_config.json',
+                   'special_tokens_map.json', 'added_tokens.json',
+                   'preprocessor_config.json')
 
 
 def save_model(directory: str | os.PathLike, params: dict[str, Any],
@@ -49,13 +56,34 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
   _replace(directory / CONFIG, lambda path: pathlib.Path(path).write_text(text))
 
 
+@contextlib.contextmanager
+def new_directory(directory: pathlib.Path, copy_from: pathlib.Path | None
+                  ) -> Iterator[pathlib.Path]:
+  """A model directory that appears whole or not at all.
+
+  Args:
+    directory: must not exist, or be empty.
+    copy_from: directory whose tokenizer files are copied, or None.
+
+  Yields:
+    The directory to write to.
+
+  Raises:
+    ConfigError: the directory has something in it.
+  """
+  check(not directory.exists() or directory.is_dir()
+        and not any(directory.iterdir()), f'{directory} exists and is not '
+        'empty; name another directory or delete it')
+  with atomic.directory(directory) as work:
+    yield work
+    for name in TOKENIZER_FILES:
+      if copy_from is not None and (copy_from / name).is_file():
+        shutil.copyfile(copy_from / name, work / name)
+
+
 def _replace(path: pathlib.Path, write) -> None:
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
+  with atomic.replace(path) as temporary:
     write(str(temporary))
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def load_config(directory: str | os.PathLike) -> LlavaConfig:
@@ -82,7 +110,7 @@ def load_config(directory: str | os.PathLike) -> LlavaConfig:
 
 
 def load_params(directory: str | os.PathLike) -> dict[str, Any]:
-  """The parameters of a model directory, float32 numpy arrays.
+  """The parameters of a model directory, numpy arrays of its param_dtype.
 
   Raises:
     ConfigError: the weights are missing, truncated, not safetensors, or not
@@ -96,8 +124,10 @@ def load_params(directory: str | os.PathLike) -> dict[str, Any]:
   except safetensors.SafetensorError as e:
     raise ConfigError(f'{path} is damaged ({e}); write the model directory '
                       'again') from e
-  check_shapes(flat, load_config(directory), path)
-  flat = {name: np.asarray(x, np.float32) for name, x in flat.items()}
+  config = load_config(directory)
+  check_shapes(flat, config, path)
+  dtype = jnp.dtype(config.param_dtype)
+  flat = {name: np.asarray(x, dtype) for name, x in flat.items()}
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 

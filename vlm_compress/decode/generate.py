@@ -21,7 +21,8 @@ class Generated:
   """What `generate` returns.
 
   Attributes:
-    tokens: int32[B, N], eos_id from the first end of sequence on.
+    tokens: int32[B, N], eos_id from the first end of sequence, or the limit,
+      on.
     outputs: of the prefill (keep masks, thresholds), without its keys.
   """
   tokens: jax.Array

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vlm_compress import sharding
-from vlm_compress.config import LlavaConfig
+from vlm_compress.config import LlavaConfig, check
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.rows import RowSpec, layout
 from vlm_compress.data.tokenizer import Tokenizer
@@ -121,6 +121,8 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
   Returns:
     Answers in the order of the questions.
   """
+  check(bool(questions), 'there is nothing to ask: no question of the kinds in '
+        'eval.per_kind about the first eval.num_test pictures')
   spec = RowSpec(template=template)
   rows = [layout(examples[q.example], [q.turn], spec, tokenizer,
                  method.config, method.num_voco_tokens, prompt_only=True)
@@ -129,8 +131,7 @@ def answer(method: Method, examples: Sequence[Example], features: Any,
   mesh = sharding.make_mesh()
   shards = sharding.batch_sharding(mesh)
   batch_size = -(-batch_size // mesh.size) * mesh.size
-  # one shape for all batches, so that a method is compiled once
-  length = max(len(row['input_ids']) for row in rows)
+  length = max(len(row['input_ids']) for row in rows)  # one shape: one program
   text_length = max(int((row['image_ids'] == 0).sum()) for row in rows)
   run = _compiled(method, tokenizer.eos_id, max(budgets))
   params = jax.device_put(method.params, sharding.replicated(mesh))
@@ -225,7 +226,10 @@ def cost(method: Method, answers: Answers) -> dict[str, float]:
     read = text - 2  # BOS and the newline behind the image are compressed
     parts = efficiency.voco_cost(config, read,
                                  num_voco_tokens=method.num_voco_tokens)
-    tokens = np.repeat((read + method.num_voco_tokens)[:, None], M, axis=1)
+    cached = read + method.num_voco_tokens
+    if config.voco.text_sees_prefix:
+      cached = cached + 2
+    tokens = np.repeat(cached[:, None], M, axis=1)
   else:
     extra = text + method.num_voco_tokens
     parts = efficiency.prefill_cost(

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from vlm_compress.atomic import write_text
+from vlm_compress.atomic import replace, write_text
 from vlm_compress.config import ConfigError, check
 from vlm_compress.eval import figures, html_page, markdown_page, tables
 from vlm_compress.eval import page as page_lib
@@ -91,7 +91,8 @@ def write_figures(report: Mapping[str, Any],
     figures_by_name['keep_maps.png'] = _keep_map_rows(
         mapped[:3], module_labels(report))
   for name, png in figures_by_name.items():
-    (folder / name).write_bytes(png)
+    with replace(folder / name) as temporary:
+      temporary.write_bytes(png)
     written.append(folder / name)
   return written
 

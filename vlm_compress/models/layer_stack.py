@@ -72,11 +72,14 @@ class _Body(nn.Module):
   def __call__(self, carry, per_layer, shared):
     x, state = carry
     module, earlier, earlier_keep = per_layer
-    mask, bias, entering = shared.mask, None, None
+    mask, bias, entering, keep = shared.mask, None, None, None
     if shared.prune is not None:
       entering = state.keep
       mask, bias = atp.masked_by_keep(state.keep, shared.prune, mask)
     own_mask, own_bias = mask, bias
+    if shared.prune is not None and shared.prune.straight_through:
+      mask, keep = shared.mask, atp.straight_through_keep(state.keep,
+                                                          shared.prune)
     if shared.read_shift is not None:
       reads = shared.reads[:, :, None]
       mask = jnp.concatenate([mask & ~reads, mask & reads], axis=2)
@@ -86,7 +89,7 @@ class _Body(nn.Module):
     layer = DecoderLayer(self.config, self.dtype, self.param_dtype)
     nn.share_scope(self, layer)
     x, (q, k, v) = layer(x, shared.positions, mask, bias, earlier,
-                         shared.read_shift)
+                         shared.read_shift, keep)
     if shared.prune is not None:
       state = jax.lax.cond(
           module >= 0,

@@ -30,7 +30,7 @@ class Attention(nn.Module):
   param_dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, positions, mask, bias, earlier, read_shift):
+  def __call__(self, x, positions, mask, bias, earlier, read_shift, keep):
     """See DecoderLayer; returns output, rotated q, rotated k and v."""
     cfg = self.config
     B, T, _ = x.shape
@@ -54,7 +54,7 @@ class Attention(nn.Module):
     if earlier is not None:
       all_k = jnp.concatenate([earlier[0].astype(k.dtype), all_k], axis=1)
       all_v = jnp.concatenate([earlier[1].astype(v.dtype), all_v], axis=1)
-    out = attention(q, all_k, all_v, mask, bias).reshape(B, T, N * H)
+    out = attention(q, all_k, all_v, mask, bias, keep).reshape(B, T, N * H)
     out = linear(cfg.hidden_size, ('heads', 'embed'), name='o_proj',
                  std=cfg.initializer_range, dtype=self.dtype,
                  param_dtype=self.param_dtype)(out)
@@ -95,7 +95,7 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x, positions, mask, bias=None, earlier=None,
-               read_shift=None):
+               read_shift=None, keep=None):
     """Runs the layer.
 
     Args:
@@ -108,6 +108,7 @@ class DecoderLayer(nn.Module):
       read_shift: int32[B, T] or None.  If given, every key stands twice in
         S: first at its position, then at its position plus this, and the mask
         says which query reads which copy.
+      keep: float32[B, T, S] or None; see `attention`.
 
     Returns:
       float[B, T, D] and (q, k, v) of this row's tokens, q and k rotated.
@@ -116,7 +117,8 @@ class DecoderLayer(nn.Module):
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     norm = lambda name: RMSNorm(cfg.rms_norm_eps, self.param_dtype, name=name)
     attended, qkv = Attention(cfg, name='self_attn', **kinds)(
-        norm('input_layernorm')(x), positions, mask, bias, earlier, read_shift)
+        norm('input_layernorm')(x), positions, mask, bias, earlier, read_shift,
+        keep)
     x = x + attended
     x = x + MLP(cfg, name='mlp', **kinds)(norm('post_attention_layernorm')(x))
     return constrain(x, 'batch', 'length', 'act_embed'), qkv

@@ -16,6 +16,9 @@ from vlm_compress.config import ConfigError
 def claim_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
   """Marks a directory as this configuration's, or checks that it is.
 
+  A directory in which nothing has been trained yet (a mistake was found in
+  time) can be claimed again.
+
   Raises:
     ConfigError: the directory belongs to another configuration; the message
       lists the fields that differ.
@@ -30,11 +33,22 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
   except json.JSONDecodeError as e:
     raise ConfigError(f'{path} is not readable JSON ({e}); delete the '
                       'directory or choose another --workdir') from e
-  if found != config:
+  if found != config and _is_untouched(workdir):
+    write_text(path, json.dumps(config, indent=1, sort_keys=True))
+  elif found != config:
     raise ConfigError(
         f'{workdir} belongs to another configuration ('
         f'{", ".join(differences(found, config)) or "other fields"}); choose '
         'another --workdir or delete this one')
+
+
+def _is_untouched(workdir: pathlib.Path) -> bool:
+  """Nothing but data, logs and an empty store of checkpoints is there."""
+  entries = {p.name for p in workdir.iterdir()} - {
+      'config.json', 'seconds.txt', 'metrics.jsonl', 'tensorboard', 'data',
+      'features'}
+  return not entries or entries == {'checkpoints'} and not any(
+      (workdir / 'checkpoints').iterdir())
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:

@@ -112,10 +112,13 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
         batch = jax.device_put(next(batches), batch_sharding)
         state, metrics = step_fn(state, batch)
         log.step(step)
-        if step % recipe.log_steps == 0 or step == last:
-          metrics = jax.device_get(metrics)
-          log.write(step, _checked(metrics, step))
-        if step % recipe.checkpoint_steps == 0 or step == last:
+        saves = step % recipe.checkpoint_steps == 0 or step == last
+        logs = step % recipe.log_steps == 0 or step == last
+        if saves or logs:  # no checkpoint of parameters that are lost
+          metrics = _checked(jax.device_get(metrics), step)
+        if logs:
+          log.write(step, metrics)
+        if saves:
           store.save(step, state, batches.get_state())
     finally:
       log.close()

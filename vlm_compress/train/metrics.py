@@ -32,7 +32,7 @@ def _summary_writer(workdir: pathlib.Path):
 class MetricLog:
   """Scalars by step, in three places.
 
-  On resume, lines of metrics.jsonl from the restored step on are dropped, so
+  On resume, lines of metrics.jsonl behind the restored step are dropped, so
   that an interrupted run leaves the same file as an uninterrupted one.
   """
 

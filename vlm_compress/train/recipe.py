@@ -50,7 +50,13 @@ class Recipe:
           f'train.teacher={self.teacher!r}: use none, self or frozen')
     for name in ('steps', 'batch_size', 'log_steps', 'checkpoint_steps'):
       check(getattr(self, name) >= 1, f'train.{name}: at least 1')
-    check(self.seed >= 0, f'train.seed={self.seed}: not negative')
+    check(0 <= self.seed < 2 ** 31,
+          f'train.seed={self.seed}: from 0 to 2147483647')
+    for name in ('learning_rate', 'clip_norm'):
+      check(getattr(self, name) > 0.0, f'train.{name}: must be positive')
+    for name in ('final_learning_rate', 'weight_decay'):
+      check(getattr(self, name) >= 0.0, f'train.{name}: not negative')
+    check(0.0 < self.b2 < 1.0, f'train.b2={self.b2}: between 0 and 1')
     check(0 <= self.warmup_steps < self.steps,
           f'train.warmup_steps={self.warmup_steps}: at least 0 and '
           f'less than train.steps={self.steps}')

@@ -125,7 +125,7 @@ def atp_loss(model: Llava, params: Any, batch: Batch, step: jax.Array,
   options = PruneOptions(
       temperature=tau, threshold_shift=0.0,  # the shift is for inference
       row_ids=jnp.arange(batch.input_ids.shape[0]),
-      seed=recipe.seed * 1_000_003 + step, hard=not adaptive)
+      seed=(recipe.seed * 1_000_003) % 2 ** 30 + step, hard=not adaptive)
   logits, out = model.apply({'params': params}, batch, prune=options)
   loss = _mean(losses.next_token_loss(logits, batch.input_ids,
                                       batch.loss_mask))

@@ -1,0 +1,67 @@
+"""vlm-compress convert: public weights into a model directory.
+
+  vlm-compress convert --from=llava-1.5-7b-hf --to=llava7b
+  vlm-compress convert --from=llava-v1.5-7b --vision=clip-vit-large --to=llava7b
+  vlm-compress convert --llm=vicuna-7b --vision=clip-vit-large --to=start7b
+
+The format is recognised from the files.  Tensors are copied one at a time, so
+a checkpoint may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+
+from vlm_compress.cli.arguments import MAX_SEED, Parser, number
+from vlm_compress.cli.progress import byte_progress
+from vlm_compress.config import PARAM_DTYPES, check
+from vlm_compress.convert import from_hf
+from vlm_compress.convert.files import TOKENIZER
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line."""
+  p = Parser(prog='vlm-compress convert', description=__doc__.splitlines()[0])
+  source = p.add_mutually_exclusive_group(required=True)
+  source.add_argument('--from', dest='source', type=pathlib.Path, metavar='DIR',
+                      help='LLaVA-1.5 (Hugging Face or original) or VoCo-LLaMA')
+  source.add_argument('--llm', type=pathlib.Path, metavar='DIR',
+                      help='LLaMA or Qwen2 language model, with --vision: a VLM '
+                      'with a fresh projector')
+  p.add_argument('--vision', type=pathlib.Path, metavar='DIR',
+                 help='CLIP, where the source has no vision tower')
+  p.add_argument('--to', required=True, type=pathlib.Path, metavar='DIR')
+  p.add_argument('--dtype', choices=PARAM_DTYPES,
+                 help="of the parameters; the source's by default")
+  p.add_argument('--num-voco-tokens', type=number(int, 1), default=2,
+                 metavar='C', help='VoCo-LLaMA: tokens per image, which its '
+                 'files do not say (%(default)s)')
+  p.add_argument('--seed', type=number(int, 0, MAX_SEED), default=0,
+                 help='of a fresh projector (%(default)s)')
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Converts; returns the exit code."""
+  args = parser().parse_args(argv)
+  source = args.llm if args.source is None else args.source
+  check(args.llm is None or args.vision is not None,
+        '--llm needs --vision, the directory of a CLIP tower')
+  plan = from_hf.make_plan(source, args.vision, dtype=args.dtype,
+                           num_voco_tokens=args.num_voco_tokens)
+  for note in plan.notes:
+    print(f'note: {note}')
+  if plan.fresh:
+    print(f'fresh parameters: {", ".join(plan.fresh)}')
+  with byte_progress('converting', sum(p.nbytes for p in plan.pieces)) as advance:
+    from_hf.convert(plan, args.to, copy_from=source, seed=args.seed,
+                    advance=advance)
+  count = sum(math.prod(shape) for shape in plan.shapes.values())
+  print(f'{args.to}: {count / 1e6:,.1f} M parameters, '
+        f'{plan.config.param_dtype}')
+  if not (args.to / TOKENIZER).exists():
+    print(f'note: {source} has no {TOKENIZER}; put one into {args.to} before '
+          'it is asked anything')
+  return 0

@@ -1,0 +1,263 @@
+"""A public config.json as ours, and back.
+
+Every field of a source config is either read, or known to change no number,
+or has one value that this code implements; anything else raises with its
+name.  Absent fields have the defaults of the source's own format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from vlm_compress.config import (
+  ConfigError,
+  LlavaConfig,
+  TextConfig,
+  VisionConfig,
+  check,
+)
+
+CONFIG = 'config.json'
+TEXT_TYPES = ('llama', 'qwen2')
+VISION_TYPES = ('clip_vision_model', 'clip')
+
+# Bookkeeping, generation and training: no logit depends on these.
+NEUTRAL = frozenset('''
+  _name_or_path architectures model_type transformers_version dtype torch_dtype
+  use_cache return_dict output_attentions output_hidden_states is_decoder
+  bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+  attention_dropout dropout pretraining_tp initializer_factor
+  projection_dim ignore_index image_seq_length max_length max_new_tokens
+  do_sample temperature top_p top_k num_beams repetition_penalty
+  tune_mm_mlp_adapter freeze_mm_mlp_adapter unfreeze_mm_vision_tower
+  mm_projector_lr mm_hidden_size max_sequence_length tokenizer_model_max_length
+  tokenizer_padding_side image_grid_pinpoints use_mm_proj mm_vision_tower
+  pretrain_mm_mlp_adapter mm_resampler_type
+'''.split())
+# Fields that must have one of the values that this code implements.
+FIXED: dict[str, tuple[Any, ...]] = {
+    'hidden_act': ('silu',), 'mlp_bias': (False,), 'rope_scaling': (None,),
+    'partial_rotary_factor': (1.0,),
+    'sliding_window': (None,), 'use_sliding_window': (False,),
+    'num_channels': (3,), 'multimodal_projector_bias': (True,),
+    'mm_projector_type': ('mlp2x_gelu',), 'mm_use_im_start_end': (False,),
+    'mm_use_im_patch_token': (False,), 'mm_patch_merge_type': ('flat',),
+    'image_aspect_ratio': ('pad', 'square')}
+
+# Defaults of the formats, where they are not ours.
+LLAMA = {'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6}
+QWEN2 = {'vocab_size': 151936, 'intermediate_size': 22016,
+         'max_position_embeddings': 32768, 'rms_norm_eps': 1e-6}
+CLIP = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12,
+        'num_attention_heads': 12, 'image_size': 224, 'patch_size': 32}
+
+
+def read_json(directory: str | os.PathLike[str]) -> dict[str, Any]:
+  """The config.json of a directory.
+
+  Raises:
+    ConfigError: it is missing or not readable.
+  """
+  path = pathlib.Path(directory) / CONFIG
+  check(path.is_file(), f'{path} does not exist; a checkpoint directory has '
+        'one beside its weights')
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ConfigError(f'{path} is not readable JSON ({e})') from e
+  check(isinstance(values, dict), f'{path}: must be a JSON object')
+  return values
+
+
+class _Reader:
+  """Takes fields from a source config and insists that none is left."""
+
+  def __init__(self, values: dict[str, Any], where: str):
+    self.values, self.where = dict(values), where
+
+  def take(self, names: dict[str, Any]) -> dict[str, Any]:
+    """Fields by name, each with its default."""
+    return {name: self.values.pop(name, default)
+            for name, default in names.items()}
+
+  def end(self) -> None:
+    """Raises for a field that is neither read, neutral, nor as implemented."""
+    for name, value in sorted(self.values.items()):
+      if name in FIXED:
+        check(value in FIXED[name] or value is None, f'{self.where}: '
+              f'{name}={value!r} is not supported; only '
+              f'{" or ".join(map(repr, FIXED[name]))}')
+      else:
+        check(name in NEUTRAL, f'{self.where}: the field {name}={value!r} is '
+              'unknown and might change the numbers; if it does not, delete it '
+              'from the file')
+
+
+def text_config(values: dict[str, Any], where: str) -> TextConfig:
+  """A language model's config.
+
+  Args:
+    values: of its config.json.
+    where: for messages.
+
+  Raises:
+    ConfigError: an architecture, or a field, that is not implemented.
+  """
+  kind = values.get('model_type', 'llama')
+  # The original LLaVA code calls the whole model 'llava' or 'llava_llama'.
+  check(kind in (*TEXT_TYPES, 'llava', 'llava_llama'), f'{where}: '
+        f'model_type={kind!r} is not supported; only {", ".join(TEXT_TYPES)}')
+  reader = _Reader(values, where)
+  defaults = {'vocab_size': 32000, 'hidden_size': 4096,
+              'intermediate_size': 11008, 'num_hidden_layers': 32,
+              'num_attention_heads': 32, 'num_key_value_heads': None,
+              'head_dim': None, 'tie_word_embeddings': False,
+              'initializer_range': 0.02,
+              **(QWEN2 if kind == 'qwen2' else LLAMA)}
+  fields = reader.take(defaults)
+  if fields['num_key_value_heads'] is None:
+    fields['num_key_value_heads'] = fields['num_attention_heads']
+  fields['head_dim'] = fields['head_dim'] or 0
+  bias = reader.take({'attention_bias': False})['attention_bias']
+  check(not bias, f'{where}: attention_bias=True puts a bias on o_proj, too, '
+        'which is not supported; Qwen2 has none there')
+  fields['attention_bias'] = kind == 'qwen2'
+  fields['rope_theta'] = _rope_theta(reader)
+  if kind == 'qwen2':  # windows are off; how they would lie does not matter
+    check(not values.get('use_sliding_window'), f'{where}: '
+          'use_sliding_window=True is not supported')
+    reader.take({'sliding_window': None, 'max_window_layers': None})
+    layers = reader.take({'layer_types': None})['layer_types'] or ()
+    check(set(layers) <= {'full_attention'}, f'{where}: layer_types={layers} '
+          'are not supported; only full_attention')
+  reader.end()
+  return TextConfig(**fields)
+
+
+def _rope_theta(reader: _Reader) -> float:
+  """rope_theta, at its old place or its new one; other RoPEs raise."""
+  scaling = reader.take({'rope_scaling': None})['rope_scaling']
+  new = reader.take({'rope_parameters': None})['rope_parameters'] or {}
+  for name, found in (('rope_scaling', scaling or {}), ('rope_parameters', new)):
+    kind = found.get('rope_type', found.get('type', 'default'))
+    extra = sorted(set(found) - {'rope_type', 'type', 'rope_theta'})
+    check(kind == 'default' and not extra, f'{reader.where}: {name}={found} '
+          'is not supported; only the default RoPE')
+  old = reader.take({'rope_theta': 10000.0})['rope_theta']
+  return float(new.get('rope_theta', old))
+
+
+def vision_config(values: dict[str, Any], where: str) -> VisionConfig:
+  """A CLIP tower's config, alone or in a whole CLIP model's.
+
+  Raises:
+    ConfigError: another tower, or a field that is not implemented.
+  """
+  kind = values.get('model_type', 'clip_vision_model')
+  check(kind in VISION_TYPES, f'{where}: model_type={kind!r} is not supported; '
+        f'only {" and ".join(VISION_TYPES)}')
+  if kind == 'clip':
+    values = values.get('vision_config') or {}
+  reader = _Reader(values, where)
+  fields = reader.take({**CLIP, 'layer_norm_eps': 1e-5,
+                        'hidden_act': 'quick_gelu'})
+  reader.take({'initializer_range': None})
+  reader.end()
+  return VisionConfig(**fields)
+
+
+def is_original(values: dict[str, Any]) -> bool:
+  """Whether a config.json is of the original LLaVA code."""
+  return 'mm_projector_type' in values or 'mm_vision_tower' in values
+
+
+def llava_config(values: dict[str, Any], where: str,
+                 vision: VisionConfig | None = None) -> LlavaConfig:
+  """A whole LLaVA's config, Hugging Face's or the original code's.
+
+  Args:
+    values: of its config.json.
+    where: for messages.
+    vision: the tower's, if it comes from a directory of its own.
+
+  Raises:
+    ConfigError: something is not implemented, or the original format without
+      `vision`.
+  """
+  reader = _Reader(values, where)
+  if is_original(values):
+    check(vision is not None, f'{where}: the sizes of the vision tower '
+          f'{values.get("mm_vision_tower")!r} are not in this format; give its '
+          'directory with --vision')
+    taken = reader.take({'mm_vision_select_layer': -2,
+                         'mm_vision_select_feature': 'patch'})
+    select = {'patch': 'default', 'cls_patch': 'full'}
+    feature = taken['mm_vision_select_feature']
+    check(feature in select, f'{where}: mm_vision_select_feature={feature!r} '
+          f'is not supported; only {" or ".join(select)}')
+    return LlavaConfig(
+        vision=vision, text=text_config(reader.values, where),
+        vision_feature_layer=taken['mm_vision_select_layer'],
+        vision_feature_select_strategy=select[feature])
+  fields = reader.take({'vision_feature_layer': -2,
+                        'vision_feature_select_strategy': 'default',
+                        'projector_hidden_act': 'gelu'})
+  check(isinstance(fields['vision_feature_layer'], int), f'{where}: '
+        f'vision_feature_layer={fields["vision_feature_layer"]!r}: several '
+        'layers are not supported; one number')
+  inner = reader.take({'text_config': None, 'vision_config': None,
+                       'tie_word_embeddings': None, 'image_token_index': None,
+                       'image_token_id': None, 'vocab_size': None})
+  reader.end()
+  index = inner['image_token_id'] or inner['image_token_index'] or 32000
+  text = dict(inner['text_config'] or {})
+  if inner['tie_word_embeddings']:  # the flag stands at either place
+    text['tie_word_embeddings'] = True
+  tower = inner['vision_config']
+  if tower is None:  # the defaults of LLaVA, not of CLIP
+    tower = {'hidden_size': 1024, 'intermediate_size': 4096, 'image_size': 336,
+             'patch_size': 14, 'num_hidden_layers': 24,
+             'num_attention_heads': 16}
+  return LlavaConfig(
+      vision=vision or vision_config(tower, f'{where}, vision_config'),
+      text=text_config(text, f'{where}, text_config'),
+      image_token_index=index, **fields)
+
+
+def to_hf(config: LlavaConfig) -> dict[str, Any]:
+  """The config.json of Hugging Face's LlavaForConditionalGeneration.
+
+  The compression method is left out: it has no field there.
+
+  Raises:
+    ConfigError: something that this format cannot say.
+  """
+  text, vision = config.text, config.vision
+  names = ('vocab_size', 'hidden_size', 'intermediate_size',
+           'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
+           'rms_norm_eps', 'tie_word_embeddings', 'max_position_embeddings',
+           'initializer_range')
+  tower = ('image_size', 'patch_size', 'hidden_size', 'intermediate_size',
+           'num_hidden_layers', 'num_attention_heads', 'layer_norm_eps',
+           'hidden_act')
+  check(config.projector_hidden_act == 'gelu', 'projector_hidden_act='
+        f'{config.projector_hidden_act!r} is exported under no name yet')
+  return {
+      'architectures': ['LlavaForConditionalGeneration'],
+      'model_type': 'llava', 'dtype': config.param_dtype,
+      'image_token_index': config.image_token_index,
+      'image_seq_length': config.num_patches,
+      'projector_hidden_act': 'gelu', 'multimodal_projector_bias': True,
+      'vision_feature_layer': config.vision_feature_layer,
+      'vision_feature_select_strategy': config.vision_feature_select_strategy,
+      'tie_word_embeddings': text.tie_word_embeddings,
+      'text_config': {
+          'model_type': 'qwen2' if text.attention_bias else 'llama',
+          'head_dim': text.size_per_head, 'rope_theta': text.rope_theta,
+          'hidden_act': 'silu', **{n: getattr(text, n) for n in names}},
+      'vision_config': {
+          'model_type': 'clip_vision_model',
+          **{n: getattr(vision, n) for n in tower}}}

@@ -1,0 +1,179 @@
+"""Tensors of checkpoint directories, read and written one at a time.
+
+A checkpoint may be larger than the memory, so neither side is ever held
+whole: reading maps the files, writing puts each piece where it belongs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from vlm_compress.config import ConfigError, check
+
+INDEX = 'model.safetensors.index.json'
+# Names of dtypes in a safetensors file.
+DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16',
+          'F64': 'float64', 'I64': 'int64', 'I32': 'int32'}
+_CODES = {name: code for code, name in DTYPES.items()}
+
+
+class TensorFiles:
+  """The tensors of one or more safetensors files, by key.
+
+  Attributes:
+    where: the directory or file, for messages.
+    keys: of all tensors, sorted.
+  """
+
+  def __init__(self, where: str | os.PathLike[str]):
+    """Opens a directory (with an index, or all its files) or one file.
+
+    Raises:
+      ConfigError: no safetensors there, a file of the index is missing, a
+        file is truncated or no safetensors file, or a key stands twice.
+    """
+    self.where = pathlib.Path(where)
+    self._file_of: dict[str, Any] = {}
+    for path, expected in _files(self.where).items():
+      check(path.exists(), f'{path} is missing, but {INDEX} names it; copy it '
+            f'to {path.parent}')
+      try:
+        file = safetensors.safe_open(path, framework='numpy')
+      except (safetensors.SafetensorError, OSError) as e:
+        raise ConfigError(f'{path} is truncated or no safetensors file ({e}); '
+                          'download it again') from e
+      keys = set(file.keys())
+      lost = sorted((expected or set()) - keys)
+      check(not lost, f'{path} has no {lost[:1]}, which {INDEX} says is in '
+            'it; download both again')
+      twice = sorted(keys & set(self._file_of))
+      check(not twice, f'{path}: {twice[:1]} is in another file of '
+            f'{self.where}, too; remove one of them')
+      self._file_of.update(dict.fromkeys(keys, file))
+    self.keys = sorted(self._file_of)
+
+  def shape(self, key: str) -> tuple[int, ...]:
+    """The shape of a tensor; nothing is read."""
+    return tuple(self._file_of[key].get_slice(key).get_shape())
+
+  def dtype(self, key: str) -> str:
+    """Its dtype, as numpy spells it.
+
+    Raises:
+      ConfigError: a dtype that no weights have (quantised ones).
+    """
+    code = self._file_of[key].get_slice(key).get_dtype()
+    check(code in DTYPES, f'{self.where}: {key} is stored as {code}; only '
+          f'{", ".join(sorted(DTYPES.values()))} can be converted')
+    return DTYPES[code]
+
+  def read(self, key: str) -> np.ndarray:
+    """The tensor."""
+    return self._file_of[key].get_tensor(key)
+
+  def part(self, key: str, index: Any) -> np.ndarray:
+    """A slice of the tensor; the rest is not read."""
+    return self._file_of[key].get_slice(key)[index]
+
+
+def _files(where: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
+  """Files to open -> keys that must be in them, None if nothing says."""
+  if where.is_file():
+    return {where: None}
+  check(where.is_dir(), f'{where} is no directory of a checkpoint')
+  index = where / INDEX
+  if index.exists():
+    try:
+      weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+      names = {name: {k for k, v in weight_map.items() if v == name}
+               for name in sorted(set(weight_map.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+      raise ConfigError(f'{index} is no index of a sharded checkpoint ({e!r}); '
+                        'download it again') from e
+    for name in names:
+      check(name == os.path.basename(name), f'{index} names {name!r}, which is '
+            'not in its own directory')
+    return {where / name: keys for name, keys in names.items()}
+  found = sorted(where.glob('*.safetensors'))
+  pickles = sorted(p.name for p in where.glob('*.bin'))
+  check(bool(found), f'{where} has no *.safetensors' + (
+      f'; {pickles[0]} is a pickle, which is never opened here: where you '
+      'trust it, load it with torch.load(..., weights_only=True) and write it '
+      'with safetensors.torch.save_file' if pickles else ''))
+  return dict.fromkeys(found)
+
+
+class TensorWriter:
+  """Writes one safetensors file piece by piece.
+
+  The library writes from memory; this reserves the space and fills it in any
+  order, so that an array of all layers is written layer by layer.
+  """
+
+  def __init__(self, path: str | os.PathLike[str],
+               specs: Mapping[str, tuple[tuple[int, ...], str]],
+               metadata: Mapping[str, str] | None = None):
+    """Creates the file.
+
+    Args:
+      path: of the file; see atomic.directory for all-or-nothing.
+      specs: key -> (shape, dtype name).
+      metadata: strings for the file's header.
+    """
+    self._specs = dict(specs)
+    self._left = {key: _pieces(shape) for key, (shape, _) in specs.items()}
+    header: dict[str, Any] = {'__metadata__': dict(metadata)} if metadata else {}
+    end = 0
+    self._start = {}
+    for key, (shape, dtype) in specs.items():
+      size = math.prod(shape) * jnp.dtype(dtype).itemsize
+      self._start[key] = end
+      header[key] = {'dtype': _CODES[dtype], 'shape': list(shape),
+                     'data_offsets': [end, end + size]}
+      end += size
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)  # data begin at a multiple of 8
+    self._offset = 8 + len(text)
+    self._file = open(path, 'wb')
+    self._file.write(len(text).to_bytes(8, 'little') + text)
+    self._file.truncate(self._offset + end)
+
+  def write(self, key: str, value: np.ndarray, index: int | None = None) -> None:
+    """Writes a tensor, or its part `index` along the leading axis.
+
+    Raises:
+      ValueError: another shape than announced.
+    """
+    shape, dtype = self._specs[key]
+    want = shape if index is None else shape[1:]
+    if value.shape != want:
+      raise ValueError(f'{key}: {value.shape} written where {want} belongs')
+    value = np.ascontiguousarray(value.astype(jnp.dtype(dtype), copy=False))
+    at = self._offset + self._start[key] + (index or 0) * value.nbytes
+    self._file.seek(at)
+    self._file.write(value.reshape(-1).view(np.uint8).data)
+    self._left[key] -= _pieces(shape) if index is None else 1
+
+  def close(self) -> None:
+    """Ends the file.
+
+    Raises:
+      ValueError: a tensor was not written, or written twice.
+    """
+    self._file.close()
+    wrong = [key for key, left in self._left.items() if left != 0]
+    if wrong:
+      raise ValueError(f'not written, or written twice: {wrong[:5]}')
+
+
+def _pieces(shape: Iterable[int]) -> int:
+  return next(iter(shape), 1)
