@@ -82,9 +82,8 @@ def test_two_seeds_and_again(tmp_path, capsys):
       assert [kept[1], kept[3], kept[6]] == row['module_counts']
   full = {r['seed']: r for r in rows if r['method'] == 'full'}
   for row in rows:
-    mine = full[row['seed']]
-    want = row['accuracy'] / mine['accuracy'] if mine['accuracy'] else None
-    assert row['ratio_to_full'] == want
+    whole = full[row['seed']]['accuracy']
+    assert row['ratio_to_full'] == (row['accuracy'] / whole if whole else None)
   before = {p: p.stat().st_mtime_ns for p in work.glob('seed*/*/rows.json')}
   assert len(before) == 10
   # rows are enough: voco1's need no weights of voco8

@@ -13,6 +13,7 @@ from core_helpers import BOS, IMAGE, Sample, segment
 
 from vlm_compress import losses
 from vlm_compress.config import ConfigError
+from vlm_compress.models.inputs import PruneOptions
 from vlm_compress.models.sequence import split_voco
 from vlm_compress.train.optimizer import make_optimizer, schedule, split
 from vlm_compress.train.recipe import Recipe
@@ -131,6 +132,34 @@ def test_voco_gradients_reach_the_row_and_loss_falls():
   assert _changed(params, state.params) == set(helpers.flat(params))
   assert history[-1]['loss'] < 0.5 * history[0]['loss']
   assert 'loss_distill' not in history[0]
+
+
+def test_the_largest_seed_fits_the_selectors_number():
+  config = helpers.atp_config()
+  model, params = helpers.build(config)
+  recipe = dataclasses.replace(RECIPE, stage='atp', seed=2 ** 31 - 1)
+  jax.eval_shape(make_step(model, recipe), _state(params, recipe),
+                 _plain(config))
+
+
+def test_straight_through_lets_the_loss_bring_tokens_back():
+  """Hard masks forward; thresholds feel the tokens that are gone."""
+  config = helpers.atp_config(straight_through=True, lambda_atp=0.0,
+                              lambda_target=0.0)
+  model, params = helpers.build(config)
+  recipe = dataclasses.replace(RECIPE, stage='atp')
+  batch = _plain(config)
+
+  def loss(params, model):
+    return LOSSES['atp'](model, params, batch, jnp.int32(0), recipe)
+  value, slope = jax.jit(jax.value_and_grad(
+      lambda p: loss(p, model)[0]))(params)
+  hard, _ = model.apply(
+      {'params': params}, batch, prune=PruneOptions(hard=True))
+  want = losses.next_token_loss(hard, batch.input_ids, batch.loss_mask)
+  helpers.close(value, np.sum(want[0]) / np.sum(want[1]), 1e-5)
+  bias = slope['atp']['redundancy']['bias']
+  assert (np.abs(np.asarray(bias)) > 0).all()
 
 
 def test_budget_pulls_the_average_to_the_target():
