@@ -91,7 +91,7 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
                  'warmup_steps': 20}),
       'voco1': (_model(**_voco(1)),
                 {'num_voco_tokens': (1,), **VOCO_ROWS},
-                {'stage': 'voco', 'steps': 300, 'learning_rate': 2e-3,
+                {'stage': 'voco', 'steps': 200, 'learning_rate': 2e-3,
                  'warmup_steps': 20}),
       'atp': (_model(atp={'target_tokens': ATP_TARGET, **ATP_TRAINING}),
               {'one_turn': True, 'length': 82, 'kinds': ATP_KINDS},
