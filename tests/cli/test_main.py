@@ -54,7 +54,7 @@ def test_help_lists_every_command_on_one_line(word, capsys):
 
 def test_commands_are_the_documented_ones():
   assert set(cli.COMMANDS) == {'quickstart', 'train', 'evaluate', 'generate',
-                               'study'}
+                               'study', 'convert', 'export'}
 
 
 def test_without_a_command_the_usage_goes_to_stderr(capsys):
@@ -83,7 +83,8 @@ def test_arguments_of_the_process_are_the_default(command, monkeypatch):
 @pytest.mark.parametrize('word, hint', [
     ('trian', 'did you mean train?'),
     ('quick-start', 'did you mean quickstart?'),
-    ('zzz', 'use one of quickstart, train, evaluate, generate, study'),
+    ('zzz', 'use one of quickstart, train, evaluate, generate, study, convert, '
+     'export'),
 ])
 def test_unknown_command_gets_a_suggestion(word, hint, capsys):
   assert cli.main([word]) == 2
@@ -133,6 +134,12 @@ def test_mistakes_of_the_user_become_one_line(error, line, command, capsys):
        ('--temperature=nan', ['--temperature', "'nan'"]),
        ('--num-voco-tokens=0', ['--num-voco-tokens', '>= 1']),
        ('--imag', ['--imag'])]],
+    (['convert', '--from=a', '--llm=b', '--to=c'], ['not allowed with']),
+    (['convert', '--llm=a', '--to=c'], ['--vision']),
+    (['convert', '--from=a', '--to=c'], ['a is no directory']),
+    (['export', '--from=a', '--to=c'], ['a/config.json', 'does not exist']),
+    (['export', '--from=a', '--to=c', '--format=gguf'], ['gguf', 'hf']),
+    (['generate', '--image=i', '--prompt=p', '--seed=9999999999'], ['--seed']),
     (['generate', '--image=i', '--prompt=p'],
      ['quickstart/atp/model', 'config.json']),  # the default checkpoint
 ])

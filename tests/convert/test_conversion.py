@@ -16,10 +16,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 from vlm_compress.cli import __main__ as cli
 from vlm_compress.convert import files
 from vlm_compress.convert.tensors import INDEX, TensorFiles, TensorWriter
+from vlm_compress.data.tokenizer import word_level
 from vlm_compress.models.llava import Llava, init_params
 
 CONFIG = helpers.tiny(image_token_index=95)
@@ -289,3 +291,30 @@ def test_the_writer_knows_what_is_missing(tmp_path):
   tensors = TensorFiles(tmp_path / 'x.safetensors')
   np.testing.assert_array_equal(tensors.read('a'), rows)
   assert tensors.read('b') == 7 and tensors.dtype('b') == 'float32'
+
+
+def test_a_converted_model_answers_as_the_original(tmp_path, capsys):
+  tokenizer = word_level('what is this a cat dog red blue'.split())
+  config = helpers.tiny(text=dataclasses.replace(
+      CONFIG.text, vocab_size=tokenizer.vocab_size))
+  params = random_params(config)
+  files.save_model(tmp_path / 'first', params, config, tokenizer)
+  assert run('export', '--from', tmp_path / 'first', '--to', tmp_path / 'hf') == 0
+  assert run('convert', '--from', tmp_path / 'hf', '--to', tmp_path / 'back') == 0
+  rng = np.random.default_rng(0)
+  Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8)).save(
+      tmp_path / 'picture.png')
+
+  def answer(model):
+    capsys.readouterr()
+    code = run('generate', '--checkpoint', model, '--image',
+               tmp_path / 'picture.png', '--prompt', 'what is this',
+               '--max-new-tokens', 5)
+    return code, capsys.readouterr()
+  first, back = answer(tmp_path / 'first'), answer(tmp_path / 'back')
+  assert first[0] == back[0] == 0
+  assert first[1].out.strip() and first[1].out == back[1].out
+  del params['vision_tower']
+  files.save_model(tmp_path / 'blind', params, config, tokenizer)
+  code, said = answer(tmp_path / 'blind')
+  assert code == 2 and 'no weights of its CLIP tower' in said.err

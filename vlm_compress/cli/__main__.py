@@ -70,13 +70,13 @@ def study(argv: list[str]) -> int:
 
 
 def convert(argv: list[str]) -> int:
-  """turns public weights into a model directory: --from=DIR --to=DIR"""
+  """turns public weights into a model: --from=DIR --to=DIR"""
   from vlm_compress.cli import convert as command
   return command.main(argv)
 
 
 def export(argv: list[str]) -> int:
-  """writes a model directory in Hugging Face's format: --from=DIR --to=DIR"""
+  """writes a model in Hugging Face's format: --from=DIR --to=DIR"""
   from vlm_compress.cli import export as command
   return command.main(argv)
 

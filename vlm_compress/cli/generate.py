@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from vlm_compress.cli.arguments import MAX_SEED, Parser, number
 from vlm_compress.cli.evaluate import own_method
 from vlm_compress.cli.workspace import encoder
-from vlm_compress.config import check
+from vlm_compress.config import LlavaConfig, check
 from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data import images
 from vlm_compress.data.examples import Example, Turn
@@ -52,6 +53,18 @@ def parser() -> argparse.ArgumentParser:
   return p
 
 
+def _features(config: LlavaConfig, params: Any, pixels: np.ndarray
+              ) -> np.ndarray:
+  """uint8[1, S, S, 3] -> float[1, P', Dv], by the checkpoint's own tower."""
+  if config.vision.model_type == 'efficientnet_lite0':
+    return encoder()[0](pixels)
+  check('vision_tower' in params, 'the checkpoint has no weights of its CLIP '
+        'tower: convert one that has, and train from there')
+  return np.asarray(Llava(config).apply(
+      {'params': params}, images.clip_normalize(pixels)[None],
+      method='vision_features')[0], np.float32)
+
+
 def main(argv: list[str]) -> int:
   """Prints the answer; returns the exit code."""
   args = parser().parse_args(argv)
@@ -62,13 +75,10 @@ def main(argv: list[str]) -> int:
         f'{args.checkpoint} has no VoCo tokens; use --method=full')
   check(method != 'atp' or config.atp is not None,
         f'{args.checkpoint} has no ATP modules; use --method=full')
-  check(config.vision.model_type == 'efficientnet_lite0',
-        f'{args.checkpoint} has a {config.vision.model_type} tower, whose '
-        'weights a model directory does not hold yet')
   data = images.read_bytes(args.image.parent, args.image.name)
   picture = images.decode(data, str(args.image))
   pixels = images.tower_pixels(picture, config.vision)
-  features = encoder()[0](np.asarray(pixels)[None])
+  features = _features(config, params, np.asarray(pixels)[None])
   example = Example(example_id=args.image.name, images=(data,),
                     turns=(Turn(args.prompt),))
   count = 0

@@ -27,7 +27,7 @@ from vlm_compress.convert.tensors import TensorFiles, TensorWriter
 from vlm_compress.models.llava import Llava, init_params
 
 VOCO_TOKEN = '<voco>'
-# Where VoCo's row and the words share the last axis but one of their table.
+# Tables of the words, whose last row is VoCo's in its layout.
 _SHARED = ('language_model/embed_tokens/embedding',
            'language_model/lm_head/kernel')
 
