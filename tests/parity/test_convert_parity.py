@@ -222,13 +222,18 @@ def test_original_llava_with_a_tower_of_its_own(tmp_path):
   safetensors.torch.save_file(state, outside / 'model.safetensors')
   clip = tmp_path / 'clip'
   clip.mkdir()
+  model.config.vision_config.save_pretrained(clip)
+  # a tower inside is taken; the directory gives its sizes
+  write_original(model, tmp_path / 'inside')
+  convert('--from', tmp_path / 'inside', '--vision', clip, '--to',
+          tmp_path / 'whole')
   safetensors.torch.save_file({f'vision_model.{k}': v for k, v in tower.items()},
                               clip / 'model.safetensors')
-  model.config.vision_config.save_pretrained(clip)
   convert('--from', outside, '--vision', clip, '--to', tmp_path / 'ours')
   ids, pixels = example(model)
   compare('original LLaVA', our_logits(tmp_path / 'ours', ids, pixels),
           their_logits(model, ids, pixels), MODEL)
+  same_weights(tmp_path / 'ours', tmp_path / 'whole')
 
   (outside / 'added_tokens.json').write_text('{"<voco>": 95}')
   convert('--from', outside, '--vision', clip, '--to', tmp_path / 'voco',

@@ -159,11 +159,13 @@ def _recognise(source: pathlib.Path, vision: pathlib.Path | None
         '--vision')
   tower, tower_config = main, None
   if vision is not None:
-    check(parts['tower'] is None, f'{source} has a vision tower of its own '
-          f'({parts["tower"]}...); leave out --vision')
-    tower = TensorFiles(vision)
-    parts['tower'] = rules.find_prefix('tower', tower.keys)
-    check(parts['tower'] is not None, f'{vision} has no CLIP vision tower')
+    if parts['tower'] is None:
+      tower = TensorFiles(vision)
+      parts['tower'] = rules.find_prefix('tower', tower.keys)
+      check(parts['tower'] is not None, f'{vision} has no CLIP vision tower')
+    else:  # trained along, so it is this one; only the sizes are not inside
+      check(hf_config.is_original(values), f'{source} has a vision tower of its '
+            f'own ({parts["tower"]}...); leave out --vision')
     tower_config = hf_config.vision_config(hf_config.read_json(vision),
                                            str(vision / hf_config.CONFIG))
   if not _is_whole(parts):
