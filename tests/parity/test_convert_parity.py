@@ -270,6 +270,8 @@ def test_half_precision_stays_as_it_is(dtype, tmp_path):
           tmp_path / 'hf', dtype=torch.float32, attn_implementation='eager'
       ).eval(), ids, pixels)
   compare('widened', wide, theirs, MODEL)
-  # bfloat16 activations have 8 bits: 2 % of the largest logit, 1 % measured
+  # bfloat16 activations have 8 bits: 2 % of the largest logit, 0.9 % measured
   half = our_logits(tmp_path / 'ours', ids, pixels)
-  assert np.abs(half - theirs).max() < 0.02 * np.abs(theirs).max()
+  off = np.abs(half - theirs).max() / np.abs(theirs).max()
+  print(f'{dtype}: off by {off:.4f} of the largest logit')
+  assert off < 0.02

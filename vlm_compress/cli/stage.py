@@ -153,7 +153,8 @@ def stage_batches(stage: Stage, config: LlavaConfig, split: Split,
 
 def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
               message: Message, tensorboard: bool = True,
-              settings: dict[str, Any] | None = None) -> tuple[LlavaConfig, dict[str, Any], float]:
+              settings: dict[str, Any] | None = None
+              ) -> tuple[LlavaConfig, dict[str, Any], float]:
   """Trains a stage, or goes on with it, or finds it done.
 
   Args:

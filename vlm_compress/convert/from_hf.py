@@ -79,7 +79,7 @@ class Plan:
 
   Attributes:
     config: of the model.
-    pieces: in the order of the source files.
+    pieces: in the order of the rules.
     shapes: our path -> shape, of all parameters.
     fresh: paths that no source has, which start at random (--llm, --vision).
     notes: what a reader of the result should know.
@@ -107,7 +107,8 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
   """
   config, main, tower, parts = _recognise(source, vision)
   config, notes = _with_voco(config, source, num_voco_tokens)
-  stored = dtype or _stored_dtype(main)
+  sources = [main] if tower is main else [main, tower]
+  stored = dtype or _stored_dtype(sources)
   config = dataclasses.replace(
       config, param_dtype=stored,
       dtype='float32' if stored == 'float32' else 'bfloat16')
@@ -135,7 +136,7 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
       shapes[target[0]] = (config.vision.hidden_size,)
   if config.voco is not None:
     pieces = list(_split_voco(pieces, text.vocab_size))
-  _balance(pieces, [main, *([tower] if tower is not main else [])], config, parts)
+  _balance(pieces, sources, config, parts)
   fresh = _check_shapes(pieces, shapes, allow_fresh=not _is_whole(parts))
   return Plan(config, pieces, shapes, fresh, notes)
 
@@ -187,15 +188,16 @@ def parameter_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
           flax.traverse_util.flatten_dict(tree, sep='/').items()}
 
 
-def _stored_dtype(source: TensorFiles) -> str:
-  """The one floating dtype of a checkpoint's weights.
+def _stored_dtype(sources: list[TensorFiles]) -> str:
+  """The one floating dtype of the weights; none is rounded unasked.
 
   Raises:
     ConfigError: there are several.
   """
-  found = sorted({source.dtype(key) for key in source.keys
-                  if not key.endswith(rules.LEFT_OUT)})
-  check(len(found) == 1, f'{source.where} holds {" and ".join(found)}; say '
+  found = sorted({source.dtype(key) for source in sources
+                  for key in source.keys if not key.endswith(rules.LEFT_OUT)})
+  where = ' and '.join(str(source.where) for source in sources)
+  check(len(found) == 1, f'{where}: weights are {" and ".join(found)}; say '
         'with --dtype what the result should be')
   return found[0]
 

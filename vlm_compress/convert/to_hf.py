@@ -1,7 +1,7 @@
 """A model directory as Hugging Face's LLaVA-1.5, one tensor at a time.
 
-What that format has no place for (ATP's heads, VoCo's row, a resampler) goes
-to a file of its own beside it, and is named.
+What that format has no place for (ATP's heads, VoCo's row) goes to a file of
+its own beside it, and is named; a model with a resampler is refused.
 """
 
 from __future__ import annotations
