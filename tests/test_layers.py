@@ -47,7 +47,7 @@ ALLOWED = {
     'clu': ('vlm_compress/train/metrics.py', 'vlm_compress/eval/'),
     'orbax': ('vlm_compress/train/checkpoint.py',),
     'ml_collections': ('configs/', 'vlm_compress/cli/'),
-    'torch': ('tests/parity/',),
+    'torch': ('tests/parity/', 'vlm_compress/convert/pickled.py'),
     'transformers': ('tests/parity/',),
     'efficientnet_lite_pytorch': ('tests/parity/',),
     'safetensors': ('vlm_compress/convert/',

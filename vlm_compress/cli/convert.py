@@ -3,6 +3,8 @@
   vlm-compress convert --from=llava-1.5-7b-hf --to=llava7b
   vlm-compress convert --from=llava-v1.5-7b --vision=clip-vit-large --to=llava7b
   vlm-compress convert --llm=vicuna-7b --vision=clip-vit-large --to=start7b
+  vlm-compress convert --llm=vicuna-7b --vision=clip-vit-large \
+    --projector=mm_projector.safetensors --to=stage1
 
 The format is recognised from the files.  Tensors are copied one at a time, so
 a checkpoint may be larger than the memory.
@@ -32,6 +34,12 @@ def parser() -> argparse.ArgumentParser:
                       'with a fresh projector')
   p.add_argument('--vision', type=pathlib.Path, metavar='DIR',
                  help='CLIP, where the source has no vision tower')
+  p.add_argument('--projector', type=pathlib.Path, metavar='PATH',
+                 help="mm_projector file of LLaVA's first stage, or its "
+                 'directory; with --llm and --vision')
+  p.add_argument('--allow-pickle', action='store_true',
+                 help='also read .bin files, with torch and as weights alone; '
+                 'off, because pickles can hold programs')
   p.add_argument('--to', required=True, type=pathlib.Path, metavar='DIR')
   p.add_argument('--dtype', choices=PARAM_DTYPES,
                  help="of the parameters; the source's by default")
@@ -49,8 +57,11 @@ def main(argv: list[str]) -> int:
   source = args.llm if args.source is None else args.source
   check(args.llm is None or args.vision is not None,
         '--llm needs --vision, the directory of a CLIP tower')
-  plan = from_hf.make_plan(source, args.vision, dtype=args.dtype,
-                           num_voco_tokens=args.num_voco_tokens)
+  check(args.projector is None or args.llm is not None,
+        '--projector belongs to --llm, the language model it was trained for')
+  plan = from_hf.make_plan(
+      source, args.vision, projector=args.projector, dtype=args.dtype,
+      num_voco_tokens=args.num_voco_tokens, allow_pickle=args.allow_pickle)
   for note in plan.notes:
     print(f'note: {note}')
   if plan.fresh:

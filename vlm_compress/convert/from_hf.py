@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_compress.config import ConfigError, LlavaConfig, VocoConfig, check, to_dict
+from vlm_compress.config import LlavaConfig, check, to_dict
 from vlm_compress.convert import hf_config, rules
-from vlm_compress.convert.files import CONFIG, TOKENIZER, WEIGHTS, new_directory
+from vlm_compress.convert.files import CONFIG, WEIGHTS, new_directory
+from vlm_compress.convert.recognise import Found, recognise, with_voco
 from vlm_compress.convert.tensors import TensorFiles, TensorWriter
 from vlm_compress.models.llava import Llava, init_params
 
-VOCO_TOKEN = '<voco>'
 # Tables of the words, whose last row is VoCo's in its layout.
 _SHARED = ('language_model/embed_tokens/embedding',
            'language_model/lm_head/kernel')
@@ -92,91 +92,62 @@ class Plan:
 
 
 def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
-              dtype: str | None = None, num_voco_tokens: int = 2) -> Plan:
+              projector: pathlib.Path | None = None, dtype: str | None = None,
+              num_voco_tokens: int = 2, allow_pickle: bool = False) -> Plan:
   """Recognises a checkpoint from its files.
 
   Args:
     source: LLaVA (Hugging Face's or the original), VoCo-LLaMA, or a language
       model, which needs `vision`.
     vision: directory of a CLIP tower, if not inside.
+    projector: file, or directory, of a projector alone (LLaVA's first stage),
+      for a language model.
     dtype: of the parameters; None keeps the source's.
     num_voco_tokens: C for a checkpoint with a <voco> row, which does not say.
+    allow_pickle: also read PyTorch's files, as weights alone.
 
   Raises:
     ConfigError: a format, field, key, shape or dtype that does not fit.
   """
-  config, main, tower, parts = _recognise(source, vision)
-  config, notes = _with_voco(config, source, num_voco_tokens)
-  sources = [main] if tower is main else [main, tower]
-  stored = dtype or _stored_dtype(sources)
+  found = recognise(source, vision, projector, allow_pickle)
+  config, notes = with_voco(found.config, source, num_voco_tokens)
+  stored = dtype or found.stored_dtype()
   config = dataclasses.replace(
       config, param_dtype=stored,
       dtype='float32' if stored == 'float32' else 'bfloat16')
-  text = config.text
-  table = {'decoder': (rules.decoder_rules(text.attention_bias),
-                       text.num_hidden_layers),
-           'tower': (rules.tower_rules(), config.vision.num_hidden_layers),
-           'projector': (rules.projector_rules(), 0),
-           'original projector': (rules.projector_rules(original=True), 0)}
-  if not text.tie_word_embeddings:
-    check(parts['head'] is not None, f'{source} has no lm_head.weight; if the '
-          'head is the embedding, set "tie_word_embeddings": true in '
-          f'{hf_config.CONFIG}')
-    table['head'] = (rules.head_rules(), 0)
   shapes, pieces = parameter_shapes(config), []
-  for part, (rows, layers) in table.items():
-    if parts[part] is not None:
-      found = rules.expand(rows, parts[part], rules.PARTS[part].root, layers)
-      pieces += [Piece(tower if part == 'tower' else main, key, *target)
-                 for key, target in found.items()]
-  for key, target in rules.expand(rules.CARRIED, parts['tower'],
+  for part, (rows, layers) in _tables(config).items():
+    if part in found.parts:
+      tensors, prefix = found.parts[part]
+      pieces += [Piece(tensors, key, *target) for key, target in rules.expand(
+          rows, prefix, rules.PARTS[part].root, layers).items()]
+    check(part != 'head' or part in found.parts, f'{source} has no '
+          'lm_head.weight; if the head is the embedding, set '
+          f'"tie_word_embeddings": true in {hf_config.CONFIG}')
+  tensors, prefix = found.parts['tower']
+  for key, target in rules.expand(rules.CARRIED, prefix,
                                   rules.PARTS['tower'].root, 0).items():
-    if key in tower.keys:
-      pieces.append(Piece(tower, key, *target))
+    if key in tensors.keys:
+      pieces.append(Piece(tensors, key, *target))
       shapes[target[0]] = (config.vision.hidden_size,)
   if config.voco is not None:
-    pieces = list(_split_voco(pieces, text.vocab_size))
-  _balance(pieces, sources, config, parts)
-  fresh = _check_shapes(pieces, shapes, allow_fresh=not _is_whole(parts))
-  return Plan(config, pieces, shapes, fresh, notes)
+    pieces = list(_split_voco(pieces, config.text.vocab_size))
+  _balance(pieces, found)
+  fresh = _check_shapes(pieces, shapes, allow_fresh=not found.has_projector)
+  return Plan(config, pieces, shapes, fresh, [*found.notes, *notes])
 
 
-def _is_whole(parts: dict[str, str | None]) -> bool:
-  """A projector is there, so it is no language model alone."""
-  return (parts['projector'] or parts['original projector']) is not None
-
-
-def _recognise(source: pathlib.Path, vision: pathlib.Path | None
-               ) -> tuple[LlavaConfig, TensorFiles, TensorFiles,
-                          dict[str, str | None]]:
-  """Config, tensors of the model and of its tower, prefix of every part."""
-  main = TensorFiles(source)
-  values, where = hf_config.read_json(source), str(source / hf_config.CONFIG)
-  parts = {name: rules.find_prefix(name, main.keys) for name in rules.PARTS}
-  check(parts['decoder'] is not None, f'{source}: no decoder; a key that ends '
-        'in embed_tokens.weight is missing')
-  check(_is_whole(parts) or vision is not None, f'{source} is a language model '
-        'without vision tower and projector; give a CLIP directory with '
-        '--vision')
-  tower, tower_config = main, None
-  if vision is not None:
-    if parts['tower'] is None:
-      tower = TensorFiles(vision)
-      parts['tower'] = rules.find_prefix('tower', tower.keys)
-      check(parts['tower'] is not None, f'{vision} has no CLIP vision tower')
-    else:  # trained along, so it is this one; only the sizes are not inside
-      check(hf_config.is_original(values), f'{source} has a vision tower of its '
-            f'own ({parts["tower"]}...); leave out --vision')
-    tower_config = hf_config.vision_config(hf_config.read_json(vision),
-                                           str(vision / hf_config.CONFIG))
-  if not _is_whole(parts):
-    config = LlavaConfig(vision=tower_config,
-                         text=hf_config.text_config(values, where))
-  else:
-    config = hf_config.llava_config(values, where, tower_config)
-    check(parts['tower'] is not None, f'{source} has no vision tower; give its '
-          'directory with --vision')
-  return config, main, tower, parts
+def _tables(config: LlavaConfig) -> dict[str, tuple[list[rules.Rule], int]]:
+  """Part -> its rules and its number of layers."""
+  text = config.text
+  tables = {'decoder': (rules.decoder_rules(text.attention_bias),
+                        text.num_hidden_layers),
+            'tower': (rules.tower_rules(), config.vision.num_hidden_layers),
+            'projector': (rules.projector_rules(), 0),
+            'original projector': (rules.projector_rules(original=True), 0)}
+  if not text.tie_word_embeddings:
+    tables['head'] = (rules.head_rules(), 0)
+  return tables
 
 
 def parameter_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
@@ -186,59 +157,6 @@ def parameter_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
       jax.random.key(0)))
   return {path: tuple(leaf.shape) for path, leaf in
           flax.traverse_util.flatten_dict(tree, sep='/').items()}
-
-
-def _stored_dtype(sources: list[TensorFiles]) -> str:
-  """The one floating dtype of the weights; none is rounded unasked.
-
-  Raises:
-    ConfigError: there are several.
-  """
-  found = sorted({source.dtype(key) for source in sources
-                  for key in source.keys if not key.endswith(rules.LEFT_OUT)})
-  where = ' and '.join(str(source.where) for source in sources)
-  check(len(found) == 1, f'{where}: weights are {" and ".join(found)}; say '
-        'with --dtype what the result should be')
-  return found[0]
-
-
-def _token_id(directory: pathlib.Path, token: str) -> int | None:
-  """The id of an added token, from whichever tokenizer file has it."""
-  def entries(name, values):
-    if name == 'added_tokens.json':
-      return values.items()
-    if name == TOKENIZER:
-      return ((t['content'], t['id']) for t in values.get('added_tokens', ()))
-    return ((t['content'], i) for i, t in
-            values.get('added_tokens_decoder', {}).items())
-  for name in ('added_tokens.json', TOKENIZER, 'tokenizer_config.json'):
-    path = directory / name
-    if not path.is_file():
-      continue
-    try:
-      found = dict(entries(name, json.loads(path.read_text(encoding='utf-8'))))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-      raise ConfigError(f'{path} is no readable tokenizer file ({e!r})') from e
-    if token in found:
-      return int(found[token])
-  return None
-
-
-def _with_voco(config: LlavaConfig, source: pathlib.Path, count: int
-               ) -> tuple[LlavaConfig, list[str]]:
-  """VoCo-LLaMA's vocabulary is ours plus one row at the end."""
-  token_id, rows = _token_id(source, VOCO_TOKEN), config.text.vocab_size
-  if token_id is None:
-    return config, []
-  check(token_id == rows - 1, f'{source}: {VOCO_TOKEN} has id {token_id}, but '
-        f'the vocabulary has {rows} rows; it must be the last one')
-  config = dataclasses.replace(
-      config, voco_token_index=token_id,
-      text=dataclasses.replace(config.text, vocab_size=rows - 1),
-      voco=VocoConfig(num_voco_tokens=count))
-  return config, [f'{VOCO_TOKEN} (id {token_id}) became voco_embedding, with '
-                  f'{count} tokens per image; its row of lm_head is left out: '
-                  'it is never an answer']
 
 
 def _split_voco(pieces: list[Piece], vocab_size: int) -> Iterator[Piece]:
@@ -252,27 +170,28 @@ def _split_voco(pieces: list[Piece], vocab_size: int) -> Iterator[Piece]:
                                 rows=(vocab_size, vocab_size + 1))
 
 
-def _balance(pieces: list[Piece], sources: list[TensorFiles],
-             config: LlavaConfig, parts: dict[str, str | None]) -> None:
+def _balance(pieces: list[Piece], found: Found) -> None:
   """Raises for keys that the model lacks or does not know."""
-  for source in sources:
+  tower = found.parts['tower'][0]
+  for source in found.sources:
     wanted = {p.key for p in pieces if p.source is source}
     missing = sorted(wanted - set(source.keys))
     check(not missing, f'{source.where}: {len(missing)} tensor(s) missing, the '
           f'first is {missing[:1]}; the files do not fit {hf_config.CONFIG}')
     spare = [k for k in source.keys
              if k not in wanted and not k.endswith(rules.LEFT_OUT)]
-    if len(sources) > 1 and source is sources[1]:
+    if source is tower and source is not found.parts['decoder'][0]:
       spare = [k for k in spare if not k.startswith(rules.CLIP_TEXT)]
-    if config.text.tie_word_embeddings and parts['head'] is not None:
-      spare = _without_tied_head(spare, source, parts)
+    if found.config.text.tie_word_embeddings and 'head' in found.parts:
+      spare = _without_tied_head(spare, source, found)
     check(not spare, f'{source.where}: {len(spare)} tensor(s) that the model '
           f'in {hf_config.CONFIG} does not have, the first is {spare[:1]}')
 
 
-def _without_tied_head(spare: list[str], source: TensorFiles,
-                       parts: dict[str, str | None]) -> list[str]:
-  head, table = parts['head'] + 'weight', parts['decoder'] + 'embed_tokens.weight'
+def _without_tied_head(spare: list[str], source: TensorFiles, found: Found
+                       ) -> list[str]:
+  head = found.parts['head'][1] + 'weight'
+  table = found.parts['decoder'][1] + 'embed_tokens.weight'
   if head not in spare:
     return spare
   check(np.array_equal(source.read(head), source.read(table)),

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,23 +42,7 @@ class TensorFiles:
         file is truncated or no safetensors file, or a key stands twice.
     """
     self.where = pathlib.Path(where)
-    self._file_of: dict[str, Any] = {}
-    for path, expected in _files(self.where).items():
-      check(path.exists(), f'{path} is missing, but {INDEX} names it; copy it '
-            f'to {path.parent}')
-      try:
-        file = safetensors.safe_open(path, framework='numpy')
-      except (safetensors.SafetensorError, OSError) as e:
-        raise ConfigError(f'{path} is truncated or no safetensors file ({e}); '
-                          'download it again') from e
-      keys = set(file.keys())
-      lost = sorted((expected or set()) - keys)
-      check(not lost, f'{path} has no {lost[:1]}, which {INDEX} says is in '
-            'it; download both again')
-      twice = sorted(keys & set(self._file_of))
-      check(not twice, f'{path}: {twice[:1]} is in another file of '
-            f'{self.where}, too; remove one of them')
-      self._file_of.update(dict.fromkeys(keys, file))
+    self._file_of = by_key(self.where, _safetensors(self.where), INDEX, _open)
     self.keys = sorted(self._file_of)
 
   def shape(self, key: str) -> tuple[int, ...]:
@@ -85,31 +69,104 @@ class TensorFiles:
     return self._file_of[key].get_slice(key)[index]
 
 
-def _files(where: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
-  """Files to open -> keys that must be in them, None if nothing says."""
+def files_of(where: pathlib.Path, index_name: str, pattern: str
+             ) -> dict[pathlib.Path, set[str] | None]:
+  """Files of a checkpoint -> keys that must be in them, None if nothing says.
+
+  Args:
+    where: a directory (its index, else all files of the pattern) or a file.
+    index_name: of the file that says which key is in which file.
+    pattern: of the files' names.
+
+  Raises:
+    ConfigError: no directory, or an index that cannot be read or names files
+      elsewhere.
+  """
   if where.is_file():
     return {where: None}
   check(where.is_dir(), f'{where} is no directory of a checkpoint')
-  index = where / INDEX
-  if index.exists():
-    try:
-      weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-      names = {name: {k for k, v in weight_map.items() if v == name}
-               for name in sorted(set(weight_map.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-      raise ConfigError(f'{index} is no index of a sharded checkpoint ({e!r}); '
-                        'download it again') from e
-    for name in names:
-      check(name == os.path.basename(name), f'{index} names {name!r}, which is '
-            'not in its own directory')
-    return {where / name: keys for name, keys in names.items()}
-  found = sorted(where.glob('*.safetensors'))
-  pickles = sorted(p.name for p in where.glob('*.bin'))
-  check(bool(found), f'{where} has no *.safetensors' + (
-      f'; {pickles[0]} is a pickle, which is never opened here: where you '
-      'trust it, load it with torch.load(..., weights_only=True) and write it '
-      'with safetensors.torch.save_file' if pickles else ''))
-  return dict.fromkeys(found)
+  index = where / index_name
+  if not index.exists():
+    return dict.fromkeys(sorted(where.glob(pattern)))
+  try:
+    weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+    names = {name: {k for k, v in weight_map.items() if v == name}
+             for name in sorted(set(weight_map.values()))}
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise ConfigError(f'{index} is no index of a sharded checkpoint ({e!r}); '
+                      'download it again') from e
+  for name in names:
+    check(name == os.path.basename(name), f'{index} names {name!r}, which is '
+          'not in its own directory')
+  return {where / name: keys for name, keys in names.items()}
+
+
+def by_key(where: pathlib.Path, files: dict[pathlib.Path, set[str] | None],
+           index_name: str, open_file: Callable[[pathlib.Path], dict[str, Any]]
+           ) -> dict[str, Any]:
+  """What each key is read from.
+
+  Args:
+    where: of the checkpoint, for messages.
+    files: from files_of.
+    index_name: for messages.
+    open_file: path -> what each of its keys is read from.
+
+  Raises:
+    ConfigError: a file of the index is missing or lacks a key, or a key
+      stands twice.
+  """
+  out: dict[str, Any] = {}
+  for path, expected in files.items():
+    check(path.exists(), f'{path} is missing, but {index_name} names it; copy '
+          f'it to {path.parent}')
+    found = open_file(path)
+    lost = sorted((expected or set()) - set(found))
+    check(not lost, f'{path} has no {lost[:1]}, which {index_name} says is in '
+          'it; download both again')
+    twice = sorted(set(found) & set(out))
+    check(not twice, f'{path}: {twice[:1]} is in another file of {where}, too; '
+          'remove one of them')
+    out.update(found)
+  return out
+
+
+def _open(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    file = safetensors.safe_open(path, framework='numpy')
+  except (safetensors.SafetensorError, OSError) as e:
+    raise ConfigError(f'{path} is truncated or no safetensors file ({e}); '
+                      'download it again') from e
+  return dict.fromkeys(file.keys(), file)
+
+
+def pickles_in(where: pathlib.Path) -> list[pathlib.Path]:
+  """PyTorch's pickles, where there are no safetensors beside them."""
+  if where.is_file():
+    return [where] * (where.suffix in ('.bin', '.pt', '.pth'))
+  if [*where.glob('*.safetensors')]:
+    return []
+  return sorted(where.glob('pytorch_model*.bin')) or sorted(where.glob('*.bin'))
+
+
+def _safetensors(where: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
+  """files_of; what is no safetensors is refused, with the way out.
+
+  Raises:
+    ConfigError: there are none.
+  """
+  pickles = pickles_in(where)
+  if pickles:
+    bin_file, new = pickles[0], pickles[0].with_suffix('.safetensors')
+    raise ConfigError(
+        f'{bin_file} is a pickle, which may hold programs and is not opened '
+        'unasked: where you trust it, give --allow-pickle, or turn it into '
+        'safetensors: python -c "import torch, safetensors.torch as s; '
+        "s.save_file({k: v.clone() for k, v in torch.load("
+        f"'{bin_file}', weights_only=True).items()}}, '{new}')\"")
+  found = files_of(where, INDEX, '*.safetensors')
+  check(bool(found), f'{where} has no *.safetensors')
+  return found
 
 
 class TensorWriter:

@@ -1,0 +1,215 @@
+"""What a checkpoint is, from its files: config, parts and where each part is.
+
+Nothing is read but headers, `config.json` and the lists of added tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from vlm_compress.config import ConfigError, LlavaConfig, VocoConfig, check
+from vlm_compress.convert import hf_config, rules
+from vlm_compress.convert.files import TOKENIZER
+from vlm_compress.convert.pickled import open_tensors
+from vlm_compress.convert.tensors import TensorFiles
+
+VOCO_TOKEN = '<voco>'
+# Names of the file that LLaVA's first stage leaves.
+PROJECTOR_FILES = ('mm_projector.safetensors', 'mm_projector.bin')
+_PROJECTORS = ('projector', 'original projector')
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A recognised checkpoint.
+
+  Attributes:
+    config: of the model, VoCo's row still in the vocabulary.
+    parts: name in rules.PARTS -> its tensors and the prefix of its keys, for
+      the parts that are there.
+    notes: what a reader of the result should know.
+  """
+  config: LlavaConfig
+  parts: dict[str, tuple[TensorFiles, str]]
+  notes: list[str]
+
+  @property
+  def sources(self) -> list[TensorFiles]:
+    """Each once."""
+    return list({id(t): t for t, _ in self.parts.values()}.values())
+
+  @property
+  def has_projector(self) -> bool:
+    """Else it starts at random."""
+    return any(name in self.parts for name in _PROJECTORS)
+
+  def stored_dtype(self) -> str:
+    """The one floating dtype of the weights; none is rounded unasked.
+
+    Raises:
+      ConfigError: there are several.
+    """
+    found = sorted({source.dtype(key) for source in self.sources
+                    for key in source.keys if not key.endswith(rules.LEFT_OUT)})
+    where = ' and '.join(str(source.where) for source in self.sources)
+    check(len(found) == 1, f'{where}: weights are {" and ".join(found)}; say '
+          'with --dtype what the result should be')
+    return found[0]
+
+
+def recognise(source: pathlib.Path, vision: pathlib.Path | None,
+              projector: pathlib.Path | None, allow_pickle: bool) -> Found:
+  """Looks at the files; see from_hf.make_plan.
+
+  Raises:
+    ConfigError: something is missing, there twice, or not implemented.
+  """
+  main = open_tensors(source, allow_pickle)
+  values, where = hf_config.read_json(source), str(source / hf_config.CONFIG)
+  parts = _parts(main)
+  check('decoder' in parts or not _has_projector(parts), f'{source} holds a '
+        'projector alone: give it with --projector, and its language model and '
+        'tower with --llm and --vision')
+  check('decoder' in parts, f'{source}: no decoder; a key that ends in '
+        'embed_tokens.weight is missing')
+  whole = _has_projector(parts)
+  check(whole or vision is not None, f'{source} is a language model without '
+        'vision tower and projector; give a CLIP directory with --vision')
+  tower = None if vision is None else _tower(vision, values, parts, source,
+                                             allow_pickle)
+  notes = []
+  if whole:
+    check(projector is None, f'{source} has a projector of its own; leave out '
+          '--projector')
+    config = hf_config.llava_config(values, where, tower)
+    check('tower' in parts, f'{source} has no vision tower; give its directory '
+          'with --vision')
+  else:
+    config = LlavaConfig(vision=tower,
+                         text=hf_config.text_config(values, where))
+    if projector is not None:
+      config = _with_projector(projector, config, parts, allow_pickle, notes)
+  return Found(config, parts, notes)
+
+
+def _parts(tensors: TensorFiles) -> dict[str, tuple[TensorFiles, str]]:
+  prefixes = {name: rules.find_prefix(name, tensors.keys)
+              for name in rules.PARTS}
+  return {name: (tensors, prefix) for name, prefix in prefixes.items()
+          if prefix is not None}
+
+
+def _has_projector(parts: dict[str, tuple[TensorFiles, str]]) -> bool:
+  return any(name in parts for name in _PROJECTORS)
+
+
+def _tower(vision: pathlib.Path, values: dict,
+           parts: dict[str, tuple[TensorFiles, str]], source: pathlib.Path,
+           allow_pickle: bool):
+  """Config of a CLIP directory; its tensors, unless the source has its own."""
+  if 'tower' not in parts:
+    found = _parts(open_tensors(vision, allow_pickle))
+    check('tower' in found, f'{vision} has no CLIP vision tower')
+    parts['tower'] = found['tower']
+  else:  # trained along, so it is this one; only the sizes are not inside
+    check(hf_config.is_original(values), f'{source} has a vision tower of its '
+          f'own ({parts["tower"][1]}...); leave out --vision')
+  return hf_config.vision_config(hf_config.read_json(vision),
+                                 str(vision / hf_config.CONFIG))
+
+
+def _with_projector(path: pathlib.Path, config: LlavaConfig,
+                    parts: dict[str, tuple[TensorFiles, str]],
+                    allow_pickle: bool, notes: list[str]) -> LlavaConfig:
+  """Adds the projector of LLaVA's first stage.
+
+  The config.json beside it says which features it was trained on.
+
+  Raises:
+    ConfigError: no projector there, or one of another language model.
+  """
+  directory = path
+  if path.is_dir():
+    there = [path / name for name in PROJECTOR_FILES if (path / name).is_file()]
+    check(bool(there), f'{path} has neither {" nor ".join(PROJECTOR_FILES)}')
+    path = there[0]
+  else:
+    directory = path.parent
+  found = _parts(open_tensors(path, allow_pickle))
+  check(set(found) & set(_PROJECTORS) == set(found) != set(), f'{path} holds '
+        f'{sorted(found) or "no tensors of a projector"}; a projector alone '
+        'has mm_projector.0.weight and so on')
+  parts.update(found)
+  if not (directory / hf_config.CONFIG).is_file():
+    notes.append(f'{directory} has no {hf_config.CONFIG}: the projector reads '
+                 f'layer {config.vision_feature_layer} of the tower, without '
+                 'its class token, as in LLaVA-1.5')
+    return config
+  where = str(directory / hf_config.CONFIG)
+  whole = hf_config.llava_config(hf_config.read_json(directory), where,
+                                 config.vision)
+  for name in ('hidden_size', 'num_hidden_layers', 'vocab_size'):
+    ours, theirs = getattr(config.text, name), getattr(whole.text, name)
+    check(ours == theirs, f'{where}: {name}={theirs}, but the language model '
+          f'has {ours}: the projector was trained for another one')
+  return LlavaConfig(
+      vision=config.vision, text=config.text,
+      vision_feature_layer=whole.vision_feature_layer,
+      vision_feature_select_strategy=whole.vision_feature_select_strategy)
+
+
+def token_id(directory: pathlib.Path, token: str) -> int | None:
+  """The id of an added token, from whichever tokenizer file has it.
+
+  Raises:
+    ConfigError: such a file cannot be read.
+  """
+  def entries(name, values):
+    if name == 'added_tokens.json':
+      return values.items()
+    if name == TOKENIZER:
+      return ((t['content'], t['id']) for t in values.get('added_tokens', ()))
+    return ((t['content'], i) for i, t in
+            values.get('added_tokens_decoder', {}).items())
+  for name in ('added_tokens.json', TOKENIZER, 'tokenizer_config.json'):
+    path = directory / name
+    if not path.is_file():
+      continue
+    try:
+      found = dict(entries(name, json.loads(path.read_text(encoding='utf-8'))))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+      raise ConfigError(f'{path} is no readable tokenizer file ({e!r})') from e
+    if token in found:
+      return int(found[token])
+  return None
+
+
+def with_voco(config: LlavaConfig, source: pathlib.Path, count: int
+              ) -> tuple[LlavaConfig, list[str]]:
+  """VoCo-LLaMA's vocabulary is ours plus one row at the end.
+
+  Args:
+    config: with the row in its vocabulary.
+    source: where the tokenizer files are.
+    count: C, which the files do not say.
+
+  Returns:
+    The config and what to tell the user.
+
+  Raises:
+    ConfigError: the row is not the last one.
+  """
+  index, rows = token_id(source, VOCO_TOKEN), config.text.vocab_size
+  if index is None:
+    return config, []
+  check(index == rows - 1, f'{source}: {VOCO_TOKEN} has id {index}, but '
+        f'the vocabulary has {rows} rows; it must be the last one')
+  config = dataclasses.replace(
+      config, voco_token_index=index,
+      text=dataclasses.replace(config.text, vocab_size=rows - 1),
+      voco=VocoConfig(num_voco_tokens=count))
+  return config, [f'{VOCO_TOKEN} (id {index}) became voco_embedding, with '
+                  f'{count} tokens per image; its row of lm_head is left out: '
+                  'it is never an answer']
