@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from vlm_compress import sharding
 from vlm_compress.config import ConfigError
 from vlm_compress.convert import files
+from vlm_compress.convert.tensors import TensorFiles
+from vlm_compress.models import llava
 from vlm_compress.models.llava import Llava, init_params
 
 CONFIG = helpers.atp_config()
@@ -52,6 +55,37 @@ def test_save_and_load(model, params):
 def test_parameters_that_the_model_does_not_use_do_no_harm(model):
   change_config(model, lambda values: values.update(atp=None))
   assert 'atp' in files.load_params(model)
+
+
+def test_onto_a_mesh_every_device_reads_its_shards(tmp_path, monkeypatch):
+  config = helpers.atp_config()
+  shapes = nn.unbox(files.abstract_params(config, with_vision=True))
+  rng = np.random.default_rng(0)
+  whole = jax.tree.map(lambda x: np.float32(0.1 * rng.normal(size=x.shape)),
+                       shapes)
+  files.save_model(tmp_path / 'model', whole, config, NoTokenizer())
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  read, part = [], TensorFiles.part
+
+  def count(self, key, index):
+    value = part(self, key, index)
+    read.append((key, value.shape))
+    return value
+  monkeypatch.setattr(TensorFiles, 'part', count)
+  monkeypatch.setattr(TensorFiles, 'read', lambda *_: pytest.fail('read whole'))
+  placed = files.load_params(tmp_path / 'model', mesh)
+  jax.tree.map(np.testing.assert_array_equal, placed, whole)
+  up = placed['language_model']['layers']['mlp']['up_proj']['kernel']
+  assert up.sharding.spec == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor')
+  name = 'language_model/layers/mlp/up_proj/kernel'
+  assert {shape for key, shape in read if key == name} == {(4, 16, 24)}
+  want = sharding.tree_shardings(
+      files.abstract_params(config, with_vision=True), mesh)
+  assert jax.tree.map(lambda x: x.sharding, placed) == want
+  # computing with them gives what the whole parameters give
+  batch = llava.example_batch(config)
+  model = jax.jit(lambda p: Llava(config).apply({'params': p}, batch)[0])
+  np.testing.assert_allclose(model(placed), model(whole), atol=1e-5)
 
 
 def test_another_shape_is_named(model):

@@ -11,19 +11,19 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors
 import safetensors.flax
+from jax.sharding import Mesh
 
-from vlm_compress import atomic
+from vlm_compress import atomic, sharding
 from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
+from vlm_compress.convert.tensors import TensorFiles
 from vlm_compress.models.llava import Llava, init_params
 
 WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
@@ -109,8 +109,14 @@ def load_config(directory: str | os.PathLike) -> LlavaConfig:
     raise ConfigError(f'{path}: {e}') from e
 
 
-def load_params(directory: str | os.PathLike) -> dict[str, Any]:
-  """The parameters of a model directory, numpy arrays of its param_dtype.
+def load_params(directory: str | os.PathLike, mesh: Mesh | None = None
+                ) -> dict[str, Any]:
+  """The parameters of a model directory, arrays of its param_dtype.
+
+  Args:
+    directory: of the model.
+    mesh: devices that the parameters are for: each is given its shards, which
+      are all that is read for it.  None gives numpy arrays.
 
   Raises:
     ConfigError: the weights are missing, truncated, not safetensors, or not
@@ -119,36 +125,51 @@ def load_params(directory: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(directory) / WEIGHTS
   check(path.exists(), f'{path} does not exist; train first or name another '
         '--checkpoint')
-  try:
-    flat = safetensors.flax.load_file(path)
-  except safetensors.SafetensorError as e:
-    raise ConfigError(f'{path} is damaged ({e}); write the model directory '
-                      'again') from e
-  config = load_config(directory)
-  check_shapes(flat, config, path)
+  tensors, config = TensorFiles(path), load_config(directory)
+  boxed = abstract_params(config, with_vision=any(
+      key.startswith('vision_tower/') for key in tensors.keys))
+  _check_shapes(tensors, config, path)
   dtype = jnp.dtype(config.param_dtype)
-  flat = {name: np.asarray(x, dtype) for name, x in flat.items()}
+  if mesh is None:
+    flat = {name: tensors.read(name).astype(dtype, copy=False)
+            for name in tensors.keys}
+  else:
+    placed = _flat(sharding.tree_shardings(boxed, mesh))
+    flat = {name: jax.make_array_from_callback(
+        tensors.shape(name), placed.get(name, sharding.replicated(mesh)),
+        lambda index, name=name: tensors.part(name, index).astype(dtype))
+            for name in tensors.keys}
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 
-def check_shapes(flat: Mapping[str, Any], config: LlavaConfig,
-                 path: pathlib.Path) -> None:
-  """Compares weights with the parameters of a model; more do no harm.
+def abstract_params(config: LlavaConfig, with_vision: bool) -> Any:
+  """Shapes of a model's parameters, boxed with their logical axes.
 
   Args:
-    flat: 'module/name' -> array.
     config: of the model.
-    path: of the weights, for the message.
+    with_vision: also those of its CLIP tower.
+  """
+  return jax.eval_shape(
+      lambda key: init_params(Llava(config), key, with_vision),
+      jax.random.key(0))
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  return flax.traverse_util.flatten_dict(tree, sep='/')
+
+
+def _check_shapes(tensors: TensorFiles, config: LlavaConfig,
+                  path: pathlib.Path) -> None:
+  """Compares weights with the parameters of a model; more do no harm.
 
   Raises:
     ConfigError: a parameter is missing or has another shape.
   """
-  tree = nn.unbox(jax.eval_shape(
-      lambda key: init_params(Llava(config), key), jax.random.key(0)))
-  for name, leaf in flax.traverse_util.flatten_dict(tree, sep='/').items():
-    check(name in flat, f'{path} has no parameter {name}, which the model in '
-          f'{CONFIG} beside it needs; write the model directory again')
-    check(flat[name].shape == leaf.shape,
-          f'{path}: parameter {name} has shape {flat[name].shape}, but the '
+  tree = nn.unbox(abstract_params(config, with_vision=False))
+  for name, leaf in _flat(tree).items():
+    check(name in tensors.keys, f'{path} has no parameter {name}, which the '
+          f'model in {CONFIG} beside it needs; write the model directory again')
+    check(tensors.shape(name) == leaf.shape,
+          f'{path}: parameter {name} has shape {tensors.shape(name)}, but the '
           f'model in {CONFIG} beside it needs {leaf.shape}; write the model '
           'directory again')

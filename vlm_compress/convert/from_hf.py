@@ -22,7 +22,7 @@ import numpy as np
 
 from vlm_compress.config import LlavaConfig, check, to_dict
 from vlm_compress.convert import hf_config, rules
-from vlm_compress.convert.files import CONFIG, WEIGHTS, new_directory
+from vlm_compress.convert.files import CONFIG, WEIGHTS, abstract_params, new_directory
 from vlm_compress.convert.recognise import Found, recognise, with_voco
 from vlm_compress.convert.tensors import TensorFiles, TensorWriter
 from vlm_compress.models.llava import Llava, init_params
@@ -152,9 +152,7 @@ def _tables(config: LlavaConfig) -> dict[str, tuple[list[rules.Rule], int]]:
 
 def parameter_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
   """Path -> shape of all parameters, the vision tower's included."""
-  tree = nn.unbox(jax.eval_shape(
-      lambda key: init_params(Llava(config), key, with_vision=True),
-      jax.random.key(0)))
+  tree = nn.unbox(abstract_params(config, with_vision=True))
   return {path: tuple(leaf.shape) for path, leaf in
           flax.traverse_util.flatten_dict(tree, sep='/').items()}
 

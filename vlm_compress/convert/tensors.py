@@ -42,12 +42,13 @@ class TensorFiles:
         file is truncated or no safetensors file, or a key stands twice.
     """
     self.where = pathlib.Path(where)
-    self._file_of = by_key(self.where, _safetensors(self.where), INDEX, _open)
-    self.keys = sorted(self._file_of)
+    self._headers = by_key(self.where, _safetensors(self.where), INDEX,
+                           _header)
+    self.keys = sorted(self._headers)
 
   def shape(self, key: str) -> tuple[int, ...]:
     """The shape of a tensor; nothing is read."""
-    return tuple(self._file_of[key].get_slice(key).get_shape())
+    return self._headers[key][1]
 
   def dtype(self, key: str) -> str:
     """Its dtype, as numpy spells it.
@@ -55,18 +56,25 @@ class TensorFiles:
     Raises:
       ConfigError: a dtype that no weights have (quantised ones).
     """
-    code = self._file_of[key].get_slice(key).get_dtype()
+    code = self._headers[key][2]
     check(code in DTYPES, f'{self.where}: {key} is stored as {code}; only '
           f'{", ".join(sorted(DTYPES.values()))} can be converted')
     return DTYPES[code]
 
   def read(self, key: str) -> np.ndarray:
     """The tensor."""
-    return self._file_of[key].get_tensor(key)
+    with self._open(key) as file:
+      return file.get_tensor(key)
 
   def part(self, key: str, index: Any) -> np.ndarray:
     """A slice of the tensor; the rest is not read."""
-    return self._file_of[key].get_slice(key)[index]
+    with self._open(key) as file:
+      return file.get_slice(key)[index]
+
+  def _open(self, key: str) -> Any:
+    # Opened for every tensor: what a mapping has read counts as this
+    # process's memory for as long as it is open.
+    return safetensors.safe_open(self._headers[key][0], framework='numpy')
 
 
 def files_of(where: pathlib.Path, index_name: str, pattern: str
@@ -131,13 +139,17 @@ def by_key(where: pathlib.Path, files: dict[pathlib.Path, set[str] | None],
   return out
 
 
-def _open(path: pathlib.Path) -> dict[str, Any]:
+def _header(path: pathlib.Path
+            ) -> dict[str, tuple[pathlib.Path, tuple[int, ...], str]]:
+  """Key -> file, shape and code of the dtype."""
   try:
-    file = safetensors.safe_open(path, framework='numpy')
+    with safetensors.safe_open(path, framework='numpy') as file:
+      slices = {key: file.get_slice(key) for key in file.keys()}
+      return {key: (path, tuple(part.get_shape()), part.get_dtype())
+              for key, part in slices.items()}
   except (safetensors.SafetensorError, OSError) as e:
     raise ConfigError(f'{path} is truncated or no safetensors file ({e}); '
                       'download it again') from e
-  return dict.fromkeys(file.keys(), file)
 
 
 def pickles_in(where: pathlib.Path) -> list[pathlib.Path]:
