@@ -168,7 +168,7 @@ def test_licence_and_attribution():
 def test_pytest_leaves_parity_to_those_who_ask():
   options = tomllib.loads(read('pyproject.toml'))['tool']['pytest'][
       'ini_options']
-  assert "-m 'not parity'" in options['addopts']
+  assert "-m 'not parity and not slow'" in options['addopts']
   assert [m.partition(':')[0] for m in options['markers']] == ['parity']
 
 
