@@ -169,7 +169,7 @@ def test_pytest_leaves_parity_to_those_who_ask():
   options = tomllib.loads(read('pyproject.toml'))['tool']['pytest'][
       'ini_options']
   assert "-m 'not parity and not slow'" in options['addopts']
-  assert [m.partition(':')[0] for m in options['markers']] == ['parity']
+  assert [m.partition(':')[0] for m in options['markers']] == ['slow', 'parity']
 
 
 def test_ci_runs_what_the_readme_says():
@@ -225,13 +225,14 @@ def test_ci_goes_through_its_phases_in_order(ci):
   assert [c.split(' /')[0] for c in commands] == [
       'tool -m venv', 'pip install -e .[test]', 'ruff check .',
       'npm pack something', 'pytest --durations=15',
-      'pip install -e .[parity]', 'python - 2.13.0', 'pytest -m parity']
+      'pytest -m slow --durations=5', 'pip install -e .[parity]', 'python - 2.13.0', 'pytest -m parity']
   assert ' s  tests\n' in done.stdout and 'passed in' in done.stdout
 
 
 @pytest.mark.parametrize('broken, phase', [
     ('-m venv', 'install .[test]'), ('[test]', 'install .[test]'),
-    ('ruff', 'lint'), ('npm', 'fetch test assets'), ('durations', 'tests'),
+    ('ruff', 'lint'), ('npm', 'fetch test assets'), ('durations=15', 'tests'),
+    ('-m slow', 'slow tests'),
     ('[parity]', 'install .[parity]'), ('2.13.0', 'torch is 2.13.0'),
     ('pytest -m parity', 'parity with torch')])
 def test_ci_stops_at_the_first_failure(ci, broken, phase):

@@ -52,64 +52,94 @@ def test_every_stage_of_the_page_is_a_config():
   assert len({steps[name] for name in rest}) == 1
 
 
-def test_two_seeds_and_again(tmp_path, capsys):
-  page, work = tmp_path / 'page.py', tmp_path / 'study'
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+  """The command without its stages, and where it works."""
+  root = tmp_path_factory.mktemp('study')
+  page = root / 'page.py'
   page.write_text(SHRUNK)
   assert cli.main(['train', f'--config={page}:ub',
-                   f'--workdir={tmp_path / "base"}']) == 0
-  argv = ['study', f'--config={page}', f'--workdir={work}', '--allow-partial',
-          f'--base={tmp_path / "base/model"}']
-  assert cli.main([*argv, '--seeds', '0', '--stages', 'random25']) == 2
-  assert 'add atp25 to --stages' in capsys.readouterr().err
-  assert cli.main([*argv, '--stages', 'atp52']) == 2
-  assert 'atp52: unknown' in capsys.readouterr().err
-  assert cli.main([*argv, '--seeds', '0', '--stages', 'voco1']) == 2
-  assert 'add voco8 to --stages' in capsys.readouterr().err
-  argv += ['--stages', 'ub', 'atp25', 'random25', '--seeds']
+                   f'--workdir={root / "base"}']) == 0
+  return ['study', f'--config={page}', f'--workdir={root / "study"}',
+          '--allow-partial', f'--base={root / "base/model"}'], root
+
+
+def rows_of(root):
+  return json.loads((root / 'study/report.json').read_text())['rows']
+
+
+def times(root):
+  return {p: p.stat().st_mtime_ns for p in root.glob('study/seed*/*/rows.json')}
+
+
+def test_what_cannot_be_run(study, capsys):
+  argv, _ = study
+  for stage, words in (('random25', 'add atp25 to --stages'),
+                       ('atp52', 'atp52: unknown'),
+                       ('voco1', 'add voco8 to --stages')):
+    assert cli.main([*argv, '--seeds', '0', '--stages', stage]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_two_seeds_and_again(study, capsys):
+  argv, root = study
+  argv = [*argv, '--stages', 'ub', 'atp25', '--seeds']
   assert cli.main([*argv, '0', '1']) == 0
-  rows = json.loads((work / 'report.json').read_text())['rows']
+  rows = rows_of(root)
   for method in ('full', 'question only', 'ATP'):
     assert sorted(r['seed'] for r in rows if r['method'] == method) == [0, 1]
-  atp = [r for r in rows if r['method'] == 'ATP']
-  for row in atp:
-    floors = [r for r in rows if r['method'] == 'random' and
-              r['seed'] == row['seed'] and r['layer_average_tokens'] > 8]
-    assert sorted(f['trained'] for f in floors) == [False, True]
-    for floor in floors:  # the same whole numbers in every layer
-      kept = floor['kept_per_layer']
-      assert [kept[1], kept[3], kept[6]] == row['module_counts']
   full = {r['seed']: r for r in rows if r['method'] == 'full'}
   for row in rows:
     whole = full[row['seed']]['accuracy']
     assert row['ratio_to_full'] == (row['accuracy'] / whole if whole else None)
-  assert cli.main([*argv, '0', '--stages', 'voco8', 'voco1']) == 0
-  before = {p: p.stat().st_mtime_ns for p in work.glob('seed*/*/rows.json')}
-  assert len(before) == 8
-  # rows are enough: voco1's need no weights of voco8
-  shutil.rmtree(work / 'seed0/voco8/model')
-  assert cli.main([*argv, '0', '--stages', 'ub', 'voco8', 'voco1']) == 0
-  assert before == {p: p.stat().st_mtime_ns
-                    for p in work.glob('seed*/*/rows.json')}
-  report = json.loads((work / 'report.json').read_text())
-  assert {s['name'] for s in report['stages']} == set(report['config']) == {
-      f'{path.parent.name}, seed {path.parent.parent.name[-1]}'
-      for path in before}
-  atp = [r for r in report['rows'] if r['method'] == 'ATP']
-  for row in atp:  # trained floors of its budget, compared question by question
-    assert {'random', 'random (training-free)'} <= set(row['differences'])
-    other = next(r for r in rows if r['method'] == 'random' and r['trained']
-                 and r['seed'] == row['seed'])
-    assert abs(row['differences']['random']['mean'] -
-               (row['accuracy'] - other['accuracy'])) < 1e-9
-  assert cli.main([*argv, '0', '--stages', 'qformer1', 'voco8_kl',
-                   'atp25_frozen']) == 0
-  found = {r['method'] for r in
-           json.loads((work / 'report.json').read_text())['rows']}
-  assert {'VoCo, CE + KL', 'ATP, frozen decoder', 'Q-Former'} <= found
+  before = times(root)
+  assert len(before) == 4
+  assert cli.main([*argv, '0', '1']) == 0
+  assert before == times(root) and rows == rows_of(root)
   # rows of other settings are not taken for these
+  page = root / 'page.py'
   page.write_text(SHRUNK.replace('steps=2', 'steps=3'))
   assert cli.main([*argv, '0']) == 2
   assert 'recipe.steps' in capsys.readouterr().err
+  page.write_text(SHRUNK)
+
+
+@pytest.mark.slow
+def test_floors_and_what_starts_from_another_run(study):
+  argv, root = study
+  argv = [*argv, '--seeds', '0', '--stages']
+  assert cli.main([*argv, 'ub', 'atp25', 'random25', 'voco8', 'voco1']) == 0
+  rows = rows_of(root)
+  atp = next(r for r in rows if r['method'] == 'ATP' and r['seed'] == 0)
+  floors = [r for r in rows if r['method'] == 'random' and r['seed'] == 0 and
+            r['layer_average_tokens'] > 8]
+  assert sorted(f['trained'] for f in floors) == [False, True]
+  for floor in floors:  # the same whole numbers in every layer
+    kept = floor['kept_per_layer']
+    assert [kept[1], kept[3], kept[6]] == atp['module_counts']
+  # compared question by question
+  assert {'random', 'random (training-free)'} <= set(atp['differences'])
+  trained = next(f for f in floors if f['trained'])
+  assert abs(atp['differences']['random']['mean'] -
+             (atp['accuracy'] - trained['accuracy'])) < 1e-9
+  # rows are enough: voco1's need no weights of voco8
+  before = times(root)
+  shutil.rmtree(root / 'study/seed0/voco8/model')
+  assert cli.main([*argv, 'voco8', 'voco1']) == 0
+  assert before == times(root)
+  report = json.loads((root / 'study/report.json').read_text())
+  assert {s['name'] for s in report['stages']} == set(report['config']) == {
+      f'{path.parent.name}, seed {path.parent.parent.name[-1]}'
+      for path in before}
+
+
+@pytest.mark.slow
+def test_the_other_methods(study):
+  argv, root = study
+  assert cli.main([*argv, '--seeds', '0', '--stages', 'qformer1', 'voco8_kl',
+                   'atp25_frozen']) == 0
+  found = {r['method'] for r in rows_of(root)}
+  assert {'VoCo, CE + KL', 'ATP, frozen decoder', 'Q-Former'} <= found
 
 
 def test_pooling_count_is_near_square_and_near_the_average():
