@@ -225,7 +225,8 @@ def test_ci_goes_through_its_phases_in_order(ci):
   assert [c.split(' /')[0] for c in commands] == [
       'tool -m venv', 'pip install -e .[test]', 'ruff check .',
       'npm pack something', 'pytest --durations=15',
-      'pytest -m slow --durations=5', 'pip install -e .[parity]', 'python - 2.13.0', 'pytest -m parity']
+      'pytest -m slow --durations=5', 'pip install -e .[parity]',
+      'python - 2.13.0', 'pytest -m parity']
   assert ' s  tests\n' in done.stdout and 'passed in' in done.stdout
 
 
