@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_compress.config import VisionConfig, check
+from vlm_compress.convert.processor import ASPECT_MODES
 from vlm_compress.data.errors import DataError
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
@@ -32,7 +33,6 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 CLIP_BACKGROUND = (122, 116, 104)  # the mean in uint8, cut off, not rounded
 # Becomes 0 in (x - 127) / 128, the normalisation of EfficientNet-Lite0.
 EFFICIENTNET_BACKGROUND = (127, 127, 127)
-ASPECT_MODES = ('pad', 'crop')
 
 
 def resolve_path(root: str | os.PathLike, name: str) -> pathlib.Path:
