@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -125,6 +126,32 @@ def _too_large(name: str, size: str, max_pixels: int) -> str:
 def load(root: str | os.PathLike, name: str) -> Image.Image:
   """The decoded RGB picture `name` below `root`; see read_bytes and decode."""
   return decode(read_bytes(root, name), name=os.path.join(root, name))
+
+
+def open_picture(source: Any) -> Image.Image:
+  """An RGB picture from whatever a caller has.
+
+  Args:
+    source: a path, a file's bytes, uint8[H, W, 3], or an image of Pillow.
+
+  Raises:
+    DataError: it is none of these; or see `read_bytes` and `decode`.
+  """
+  if isinstance(source, (str, os.PathLike)):
+    path = pathlib.Path(source)
+    return decode(read_bytes(path.parent, path.name), str(path))
+  if isinstance(source, bytes):
+    return decode(source)
+  if isinstance(source, np.ndarray) and source.dtype == np.uint8 and (
+      source.ndim == 3 and source.shape[2] == 3 and source.size):
+    return Image.fromarray(source)
+  if isinstance(source, Image.Image):
+    return source.convert('RGB')
+  what = type(source).__name__
+  if isinstance(source, np.ndarray):
+    what = f'{source.dtype}{list(source.shape)}'
+  raise DataError('a picture must be a path, bytes, uint8[H, W, 3] or an '
+                  f"image of Pillow's, not {what}")
 
 
 def pad_to_square(image: Image.Image,
