@@ -57,9 +57,8 @@ class Vlm:
     """The module; its functions take `params`."""
     return Llava(self.config)
 
-  @property
   def template(self) -> str:
-    """The conversation template.
+    """The name of the conversation template.
 
     Raises:
       ConfigError: processor.json is missing, or names none that exists.
@@ -67,7 +66,8 @@ class Vlm:
     path = pathlib.Path(self.directory) / PROCESSOR
     check(self.processor is not None,
           f'{path} does not exist, so it is not known how the model was '
-          f'asked in training; name the template, one of {sorted(TEMPLATES)}')
+          f'asked in training; name the template (--template), one of '
+          f'{sorted(TEMPLATES)}')
     name = self.processor.template
     check(name in TEMPLATES, f'{path}: template={name!r} is unknown; use one '
           f'of {sorted(TEMPLATES)}')
@@ -179,7 +179,7 @@ def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
   """Lays a prompt out; compresses pictures that are not yet (voco)."""
   check(isinstance(images, (list, tuple)),
         f'images is a {type(images).__name__}; give a list of pictures')
-  method, template, config = vlm.method(method), vlm.template, vlm.config
+  method, template, config = vlm.method(method), vlm.template(), vlm.config
   given = [i for i in images if isinstance(i, CompressedImage)]
   check(method == 'voco' or not given, 'a compressed image can only be read '
         f'with method voco, not {method}; give the picture itself')
