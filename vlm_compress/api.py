@@ -172,24 +172,20 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
   check(room > 0, f'the prompt takes all {limit} positions of '
         'text.max_position_embeddings; shorten it to leave room for an answer')
   first, cache, entering = _prefill(row, vlm, min(max_new_tokens, limit) - 1)
-  text, pieces, ids = TextStream(vlm.tokenizer), [], []
-  give = stream if stream is not None else lambda piece: None
+  text, ids = TextStream(vlm.tokenizer), []
+  give = lambda piece: piece and stream is not None and stream(piece)
   count = min(max_new_tokens, room)
   for token in stream_lib.tokens(
       row.model, vlm.params, first, cache, max_new_tokens=count,
       eos_id=vlm.tokenizer.eos_id, temperature=temperature, top_p=top_p,
       seed=seed):
     ids.append(token)
-    pieces.append(text.push(token))
-    if pieces[-1]:
-      give(pieces[-1])
-  pieces.append(text.finish())
-  if pieces[-1]:
-    give(pieces[-1])
+    give(text.push(token))
+  give(text.finish())
   ended = ('eos' if len(ids) < count else
            'max_new_tokens' if count == max_new_tokens else 'context')
   kept = None if entering is None else np.asarray(entering).sum((1, 2, 3))
-  return Answer(''.join(pieces), ids, ended, kept)
+  return Answer(vlm.tokenizer.decode(ids), ids, ended, kept)
 
 
 def _prefill(row: Row, vlm: Vlm, num_slots: int

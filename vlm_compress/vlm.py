@@ -33,6 +33,12 @@ _LENGTH_STEP = 64  # tokens
 _PICTURES_KEPT = 8  # of whose features a Vlm keeps hold
 
 
+def own_method(config: LlavaConfig) -> str:
+  """The method that a model was made for."""
+  return ('atp' if config.atp is not None else
+          'voco' if config.voco is not None else 'full')
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vlm:
   """A model directory in memory.
@@ -82,8 +88,7 @@ class Vlm:
     config, where = self.config, self.directory or 'the model'
     check(name in METHODS, f'method={name!r}: use one of {METHODS}')
     if name == 'auto':
-      return ('atp' if config.atp is not None else
-              'voco' if config.voco is not None else 'full')
+      return own_method(config)
     check(name != 'voco' or config.voco is not None,
           f'{where} has no VoCo tokens; use method full')
     check(name != 'atp' or config.atp is not None,

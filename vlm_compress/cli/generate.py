@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument('--prompt', help='the question; <image> in it says where a '
                  'picture stands, in front without')
   p.add_argument('--interactive', action='store_true',
-                 help='asks for questions, one a line, until an empty one. All '
-                 'are about the same pictures, which are encoded (voco: and '
+                 help='asks for questions (after --prompt), one a line, until '
+                 'an empty one. All are about the same pictures, which are encoded (voco: and '
                  'compressed) once; a question knows nothing of those before')
   p.add_argument('--method', choices=METHODS, default='auto',
                  help="auto: the checkpoint's own (%(default)s)")
