@@ -28,7 +28,7 @@ SETUP_COMMANDS = (
 EXTRAS = {'demo', 'test', 'parity', 'notebooks', 'tpu-compile', 'dev'}
 LAYOUT = ('config.py', 'sharding.py', 'atomic.py', 'nn/', 'compress/', 'models/',
           'losses.py', 'decode/', 'convert/', 'data/', 'eval/', 'train/',
-          'analysis/', 'cli/', 'configs/', 'launch/', 'tests/', 'notebooks/')
+          'api.py', 'vlm.py', 'analysis/', 'cli/', 'configs/', 'launch/', 'tests/', 'notebooks/')
 
 # A place on one machine: an absolute path below one of these folders.
 OUTSIDE = re.compile(

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from vlm_compress import api
 from vlm_compress.analysis import capture
 from vlm_compress.config import (
   AtpConfig,
@@ -35,7 +36,7 @@ GRID, LAYERS = 4, 4
 P = GRID ** 2
 
 
-def make(**method) -> capture.Loaded:
+def make(**method) -> api.Vlm:
   """A random model, drawn without compiling; thresholds are about 0.5."""
   config = LlavaConfig(
       vision=efficientnet_lite0(16 * GRID),
@@ -51,8 +52,7 @@ def make(**method) -> capture.Loaded:
   draw = lambda path, x: np.float32(
       (0.05 if path[0].key == 'atp' else 0.2) * rng.normal(size=x.shape) +
       (path[-1].key == 'weight'))
-  return capture.Loaded(model, jax.tree.map_with_path(draw, shapes), config,
-                        TOKENIZER)
+  return api.Vlm(config, jax.tree.map_with_path(draw, shapes), TOKENIZER)
 
 
 @pytest.fixture(scope='module')
@@ -61,20 +61,20 @@ def features() -> np.ndarray:
 
 
 @pytest.fixture(scope='module')
-def pruned() -> capture.Loaded:
+def pruned() -> api.Vlm:
   # lambda 16 leaves no spatial score above 0: redundancy scores decide.
   return make(atp=AtpConfig(prune_after=(1, 3), target_tokens=8.0,
                             sap_lambda=16.0))
 
 
 @pytest.fixture(scope='module')
-def voco() -> capture.Loaded:
+def voco() -> api.Vlm:
   return make(voco=VocoConfig(num_voco_tokens=2))
 
 
 def test_load_gives_what_was_saved(tmp_path, pruned, features):
   save_model(tmp_path, pruned.params, pruned.config, pruned.tokenizer)
-  loaded = capture.load(tmp_path)
+  loaded = api.load(tmp_path)
   assert loaded.config == pruned.config
   assert loaded.tokenizer.encode(QUESTION) == TOKENIZER.encode(QUESTION)
   jax.tree.map(np.testing.assert_array_equal, loaded.params,
@@ -90,7 +90,7 @@ def test_load_names_the_missing_file(tmp_path, pruned, name):
   save_model(tmp_path, pruned.params, pruned.config, pruned.tokenizer)
   (tmp_path / name).unlink()
   with pytest.raises(ConfigError, match=name):
-    capture.load(tmp_path)
+    api.load(tmp_path)
 
 
 def test_keep_maps_are_those_of_the_evaluator(pruned, features):

@@ -124,7 +124,7 @@ def test_mistakes_of_the_user_become_one_line(error, line, command, capsys):
      ['--num-voco-tokens', "'0'", '>= 1']),
     (['evaluate', '--config=x.py', '--checkpoint=c', '--seed=-1'],
      ['--seed', '>= 0']),
-    (['generate'], ['--image', '--prompt', 'required', '--help']),
+    (['generate'], ['--prompt', '--interactive', 'required', '--help']),
     *[(['generate', '--image=i', '--prompt=p', flag], words) for flag, words in
       [('--max-new-tokens=0', ['--max-new-tokens', '>= 1']),
        ('--max-new-tokens=2.5', ["'2.5'", 'a whole number']),

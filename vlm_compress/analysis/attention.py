@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vlm_compress.analysis.capture import Loaded, attention_to_image
+from vlm_compress.analysis.capture import attention_to_image
 from vlm_compress.analysis.pruning import PLACES, Quickstart, places
 from vlm_compress.eval.evaluator import questions_of
+from vlm_compress.vlm import Vlm
 
 _LABELS = {'visual': 'visual tokens', 'voco': 'VoCo tokens',
            'text': 'text tokens'}
@@ -35,7 +36,7 @@ class Attention:
   voco_by_place: dict[str, np.ndarray]
 
 
-def mean_attention(results: Quickstart, loaded: Loaded,
+def mean_attention(results: Quickstart, loaded: Vlm,
                    num_voco_tokens: int = 0, *, count: int = 24,
                    kind: str | None = None) -> Attention:
   """Where text looks, and what is looked at, mean over some questions.

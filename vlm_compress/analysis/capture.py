@@ -1,7 +1,7 @@
 """What a model does with one picture and one question, as arrays.
 
-Everything works on a model directory (convert/files.py) and Examples with
-their frozen vision features.  Functions are pure: nothing is drawn (see
+Everything works on a model in memory (`api.load`) and Examples with their
+frozen vision features.  Functions are pure: nothing is drawn (see
 plots.py), nothing is written.  A prompt is padded to a multiple of 16 tokens,
 which changes no result, so that questions of similar length share a compiled
 program.
@@ -9,62 +9,25 @@ program.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import os
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from vlm_compress.config import ConfigError, LlavaConfig, check
-from vlm_compress.convert import files
-from vlm_compress.data import tokenizer as tokenizer_lib
-from vlm_compress.data.errors import DataError
+from vlm_compress.config import LlavaConfig, check
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.rows import RowSpec, layout
 from vlm_compress.decode.generate import answer_ids, generate
 from vlm_compress.eval.evaluator import Answers
 from vlm_compress.models.llava import Llava, PruneOptions
 from vlm_compress.models.sequence import TEXT, VISUAL, VOCO, Batch, make_batch
+from vlm_compress.vlm import Vlm
 
 _LENGTH_STEP = 16  # tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A model directory in memory.
-
-  Attributes:
-    model: the module; its functions take `params`.
-    params: parameters, float32.
-    config: of the model.
-    tokenizer: of the model.
-  """
-  model: Llava
-  params: Any
-  config: LlavaConfig
-  tokenizer: tokenizer_lib.Tokenizer
-
-
-def load(directory: str | os.PathLike) -> Loaded:
-  """Reads a model directory.
-
-  Raises:
-    ConfigError: a file of it is missing or damaged; the message names it.
-  """
-  config = files.load_config(directory)
-  path = pathlib.Path(directory) / files.TOKENIZER
-  try:
-    tokenizer = tokenizer_lib.load(path)
-  except (FileNotFoundError, DataError) as error:
-    raise ConfigError(f'{error}; write the model directory again') from error
-  params = jax.tree.map(jax.numpy.asarray, files.load_params(directory))
-  return Loaded(Llava(config), params, config, tokenizer)
-
-
-def keep_maps(loaded: Loaded, example: Example, features: np.ndarray,
+def keep_maps(loaded: Vlm, example: Example, features: np.ndarray,
               question: str, *, template: str = 'short',
               threshold_shift: float | None = None, seed: int = 0,
               max_new_tokens: int = 16) -> dict[str, Any]:
@@ -108,7 +71,7 @@ def keep_maps(loaded: Loaded, example: Example, features: np.ndarray,
       'answer': loaded.tokenizer.decode(tokens)}
 
 
-def attention_to_image(loaded: Loaded, example: Example, features: np.ndarray,
+def attention_to_image(loaded: Vlm, example: Example, features: np.ndarray,
                        question: str, mask: str = 'causal',
                        num_voco_tokens: int = 0, *, template: str = 'short',
                        threshold_shift: float | None = None
@@ -205,7 +168,7 @@ def _options(config: LlavaConfig, threshold_shift: float | None,
       shift if threshold_shift is None else threshold_shift))
 
 
-def _prompt(loaded: Loaded, example: Example, features: np.ndarray,
+def _prompt(loaded: Vlm, example: Example, features: np.ndarray,
             question: str, template: str, num_voco_tokens: int) -> Batch:
   """A batch of one prompt, padded to a multiple of _LENGTH_STEP tokens."""
   row = layout(example, [Turn(question)], RowSpec(template=template),

@@ -18,12 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_compress.analysis.capture import (
-  Loaded,
-  keep_maps,
-  kept_statistics,
-  load,
-)
+from vlm_compress.analysis.capture import keep_maps, kept_statistics
+from vlm_compress.api import load
 from vlm_compress.config import ConfigError, LlavaConfig, check
 from vlm_compress.convert.efficientnet import load_efficientnet_lite0
 from vlm_compress.data import grids, images
@@ -31,6 +27,7 @@ from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.sources import open_source
 from vlm_compress.eval import evaluator, scoring
 from vlm_compress.models.efficientnet import extract_features
+from vlm_compress.vlm import Vlm
 
 WORKDIR_VARIABLE = 'VLM_COMPRESS_WORKDIR'
 DEFAULT_WORKDIR = 'quickstart'
@@ -56,8 +53,8 @@ class Quickstart:
     attribution: to be shown with the pictures.
   """
   workdir: pathlib.Path
-  atp: Loaded
-  voco: dict[int, Loaded]
+  atp: Vlm
+  voco: dict[int, Vlm]
   examples: list[Example]
   images: list[np.ndarray]
   features: np.ndarray

@@ -25,6 +25,7 @@ from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.report import print_table, write_report
+from vlm_compress.vlm import own_method
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,12 +85,6 @@ def main(argv: list[str]) -> int:
                          args.out, allow_partial=partial)
     print(f'report: {paths["html"]}')
   return 0
-
-
-def own_method(model) -> str:
-  """The method that a checkpoint was made for."""
-  return ('atp' if model.atp is not None else
-          'voco' if model.voco is not None else 'full')
 
 
 def alone(bench, model, params, method, args) -> None:

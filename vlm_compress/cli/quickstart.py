@@ -30,6 +30,7 @@ from vlm_compress.cli.quickstart_config import get_config
 from vlm_compress.cli.stage import Stage, bridge, run_stage
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
 from vlm_compress.convert.files import TOKENIZER, load_config, load_params, save_model
+from vlm_compress.convert.processor import Processor
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.report import print_table, write_figures, write_report
@@ -102,7 +103,8 @@ def main(argv: list[str]) -> int:
   models['base'] = (load_config(base), load_params(base))
   if args.export_base is not None:
     save_model(args.export_base, models['base'][1], models['base'][0],
-               load_tokenizer(base / TOKENIZER), 'bfloat16')
+               load_tokenizer(base / TOKENIZER), 'bfloat16',
+               Processor(stage_of('instruct', args.seed, '').rows.template))
   run('voco1', run('voco8', base))
   run('atp', base)
   report = evaluate(models, train, test, work, args.seed, seconds, say)

@@ -22,6 +22,7 @@ from vlm_compress.cli.workspace import (
 )
 from vlm_compress.config import ConfigError, LlavaConfig, VisionConfig, check, from_dict
 from vlm_compress.convert.files import WEIGHTS, load_params, save_model
+from vlm_compress.convert.processor import Processor
 from vlm_compress.data.input_pipeline import make_dataset
 from vlm_compress.data.rows import RowSpec, plain_collate, row_maker, voco_collate
 from vlm_compress.data.tokenizer import Tokenizer
@@ -192,7 +193,8 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
   finally:
     seconds = before + time.perf_counter() - started
     write_text(clock, f'{seconds:.1f}')
-  save_model(result, params, config, tokenizer)
+  save_model(result, params, config, tokenizer,
+             processor=Processor(stage.rows.template))
   return config, params, seconds
 
 

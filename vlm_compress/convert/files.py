@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from vlm_compress import atomic, sharding
 from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
+from vlm_compress.convert.processor import PROCESSOR, Processor, save_processor
 from vlm_compress.convert.tensors import TensorFiles
 from vlm_compress.models.llava import Llava, init_params
 
@@ -35,7 +36,8 @@ TOKENIZER_FILES = (TOKENIZER, 'tokenizer.model', 'tokenizer_config.json',
 
 def save_model(directory: str | os.PathLike, params: dict[str, Any],
                config: LlavaConfig, tokenizer: Any,
-               dtype: str | None = None) -> None:
+               dtype: str | None = None,
+               processor: Processor | None = None) -> None:
   """Writes a model directory; every file appears whole or not at all.
 
   Args:
@@ -44,6 +46,7 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
     config: of the model.
     tokenizer: anything with save(path).
     dtype: storage dtype of floating parameters; None keeps them.
+    processor: how its text and pictures are prepared; None if unknown.
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -52,6 +55,9 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
   _replace(directory / WEIGHTS,
            lambda path: safetensors.flax.save_file(flat, path))
   _replace(directory / TOKENIZER, tokenizer.save)
+  (directory / PROCESSOR).unlink(missing_ok=True)  # perhaps of another model
+  if processor is not None:
+    save_processor(directory, processor)
   text = json.dumps(to_dict(config), indent=1)
   _replace(directory / CONFIG, lambda path: pathlib.Path(path).write_text(text))
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlm_compress.config import VisionConfig, check
+from vlm_compress.convert.processor import ASPECT_MODES
 from vlm_compress.data.errors import DataError
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
@@ -32,7 +34,6 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 CLIP_BACKGROUND = (122, 116, 104)  # the mean in uint8, cut off, not rounded
 # Becomes 0 in (x - 127) / 128, the normalisation of EfficientNet-Lite0.
 EFFICIENTNET_BACKGROUND = (127, 127, 127)
-ASPECT_MODES = ('pad', 'crop')
 
 
 def resolve_path(root: str | os.PathLike, name: str) -> pathlib.Path:
@@ -125,6 +126,32 @@ def _too_large(name: str, size: str, max_pixels: int) -> str:
 def load(root: str | os.PathLike, name: str) -> Image.Image:
   """The decoded RGB picture `name` below `root`; see read_bytes and decode."""
   return decode(read_bytes(root, name), name=os.path.join(root, name))
+
+
+def open_picture(source: Any) -> Image.Image:
+  """An RGB picture from whatever a caller has.
+
+  Args:
+    source: a path, a file's bytes, uint8[H, W, 3], or an image of Pillow.
+
+  Raises:
+    DataError: it is none of these; or see `read_bytes` and `decode`.
+  """
+  if isinstance(source, (str, os.PathLike)):
+    path = pathlib.Path(source)
+    return decode(read_bytes(path.parent, path.name), str(path))
+  if isinstance(source, bytes):
+    return decode(source)
+  if isinstance(source, np.ndarray) and source.dtype == np.uint8 and (
+      source.ndim == 3 and source.shape[2] == 3 and source.size):
+    return Image.fromarray(source)
+  if isinstance(source, Image.Image):
+    return source.convert('RGB')
+  what = type(source).__name__
+  if isinstance(source, np.ndarray):
+    what = f'{source.dtype}{list(source.shape)}'
+  raise DataError('a picture must be a path, bytes, uint8[H, W, 3] or an '
+                  f"image of Pillow's, not {what}")
 
 
 def pad_to_square(image: Image.Image,

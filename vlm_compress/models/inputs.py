@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+
+from vlm_compress.nn.rope import rope
 
 
 @flax.struct.dataclass
@@ -37,3 +40,48 @@ class Prefix:
   values: jax.Array
   valid: jax.Array
   order: jax.Array
+
+
+@flax.struct.dataclass
+class CompressedImages:
+  """What VoCo leaves of images, before it is known where they stand.
+
+  An image is compressed alone and at positions of its own, so the same keys
+  and values serve any row and any place in it.
+
+  Attributes:
+    keys, values: float[M, B, I, S, K, H], keys at `positions`.
+    positions: int32[S], in the image's own segment; VoCo tokens come last.
+  """
+  keys: jax.Array
+  values: jax.Array
+  positions: jax.Array
+
+
+def place(images: CompressedImages, image_valid: jax.Array,
+          voco_positions: jax.Array, rope_theta: float) -> Prefix:
+  """Moves compressed images to where the text of a row reads them.
+
+  Args:
+    images: I images per row.
+    image_valid: bool[B, I].
+    voco_positions: int32[B, I, C], read positions of the VoCo tokens.
+    rope_theta: of the decoder.
+
+  Returns:
+    A Prefix of I * S keys per row.
+  """
+  B, I, C = voco_positions.shape
+  S = images.positions.shape[0]
+  own = jnp.broadcast_to(images.positions, (B, I, S))
+  read = own.at[..., S - C:].set(voco_positions)
+  shift = (read - own).reshape(B, -1)
+  per_row = lambda y: y.reshape(y.shape[0], B, I * S, *y.shape[4:])
+  move = lambda k: rope(k, shift, rope_theta)
+  valid = jnp.broadcast_to(image_valid[..., None], own.shape)
+  if S > C:  # text sees BOS and newlines, too: one BOS per row
+    valid = valid.at[:, 1:, 0].set(False)
+  order = jnp.broadcast_to(voco_positions[..., :1], own.shape)
+  return Prefix(keys=jax.vmap(move)(per_row(images.keys)),
+                values=per_row(images.values), valid=valid.reshape(B, -1),
+                order=order.reshape(B, -1))

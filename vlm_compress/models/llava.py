@@ -18,7 +18,7 @@ from vlm_compress.compress.importance import cross_queries
 from vlm_compress.compress.voco import hidden_from_text, voco_mask
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.models.clip_vit import ClipVisionTower
-from vlm_compress.models.inputs import Prefix, PruneOptions
+from vlm_compress.models.inputs import CompressedImages, Prefix, PruneOptions, place
 from vlm_compress.models.language_model import LanguageModel
 from vlm_compress.models.layer_stack import StackInputs, StackOutputs
 from vlm_compress.models.projector import Projector
@@ -185,23 +185,21 @@ class Llava(nn.Module):
                                   collect=collect)
     return self.language_model.logits(hidden), outputs
 
-  def compress(self, features: jax.Array, image_valid: jax.Array,
-               segment_ids: tuple[int, ...], voco_positions: jax.Array
-               ) -> Prefix:
+  def compress_images(self, features: jax.Array, segment_ids: tuple[int, ...],
+                      num_voco_tokens: int) -> CompressedImages:
     """First pass of VoCo: every image alone, plain causal (exact, ours).
 
     Args:
       features: float[B, I, P', Dv].
-      image_valid: bool[B, I].
       segment_ids: S1 token ids of BOS, P visual, newline, C VoCo.
-      voco_positions: int32[B, I, C], where text reads the VoCo tokens.
+      num_voco_tokens: C.
 
     Returns:
       The keys and values of the VoCo tokens (with text_sees_prefix also of
-      BOS and the newline), S = I * C per row.
+      BOS and the newline) where they stand in the segment.
     """
-    B, I, C = voco_positions.shape
-    P, S1 = self.config.num_visual_tokens, len(segment_ids)
+    B, I = features.shape[:2]
+    C, P, S1 = num_voco_tokens, self.config.num_visual_tokens, len(segment_ids)
     visual = self.visual_tokens(features).reshape(B * I, P, -1)
     x = self.language_model.embed(jnp.asarray(segment_ids))
     x = jnp.broadcast_to(x, (B * I, *x.shape))
@@ -211,23 +209,32 @@ class Llava(nn.Module):
     positions = jnp.broadcast_to(jnp.arange(S1), (B * I, S1))
     _, out = self.language_model(x, StackInputs(
         positions=positions, mask=causal_mask(ones, jnp.zeros_like(positions))))
-    sees_prefix = self.config.voco.text_sees_prefix
     kept = [*range(S1 - C, S1)]
-    if sees_prefix:
+    if self.config.voco.text_sees_prefix:
       kept = [0, *range(1 + P, S1 - C)] + kept
-    per_row = lambda y: y[:, :, jnp.asarray(kept)].reshape(
-        y.shape[0], B, I * len(kept), *y.shape[3:])
-    own = positions[:, jnp.asarray(kept)].reshape(B, I, len(kept))
-    read = own.at[..., len(kept) - C:].set(voco_positions)
-    shift = (read - own).reshape(B, -1)
-    move = lambda k: rope(k, shift, self.config.text.rope_theta)
-    valid = jnp.broadcast_to(image_valid[..., None], own.shape)
-    if sees_prefix:  # one BOS per row
-      valid = valid.at[:, 1:, 0].set(False)
-    order = jnp.broadcast_to(voco_positions[..., :1], own.shape)
-    return Prefix(keys=jax.vmap(move)(per_row(out.keys)),
-                  values=per_row(out.values), valid=valid.reshape(B, -1),
-                  order=order.reshape(B, -1))
+    per_image = lambda y: y[:, :, jnp.asarray(kept)].reshape(
+        y.shape[0], B, I, len(kept), *y.shape[3:])
+    return CompressedImages(keys=per_image(out.keys),
+                            values=per_image(out.values),
+                            positions=jnp.asarray(kept))
+
+  def compress(self, features: jax.Array, image_valid: jax.Array,
+               segment_ids: tuple[int, ...], voco_positions: jax.Array
+               ) -> Prefix:
+    """`compress_images`, placed where text reads them.
+
+    Args:
+      features, segment_ids: as there.
+      image_valid: bool[B, I].
+      voco_positions: int32[B, I, C], where text reads the VoCo tokens.
+
+    Returns:
+      S = I * C per row, or more with text_sees_prefix.
+    """
+    compressed = self.compress_images(features, segment_ids,
+                                      voco_positions.shape[2])
+    return place(compressed, image_valid, voco_positions,
+                 self.config.text.rope_theta)
 
   def read(self, text: Batch, prefix: Prefix) -> tuple[jax.Array, StackOutputs]:
     """Second pass of VoCo: text with the prefix in front; logits and outputs."""
@@ -293,8 +300,13 @@ class Llava(nn.Module):
     """
     prefix = self.compress(batch.text.features, batch.text.image_valid,
                            batch.segment_ids, batch.voco_positions)
-    logits, out = self.read(batch.text, prefix)
-    valid = batch.text.valid
+    return self.prefill_compressed(batch.text, prefix)
+
+  def prefill_compressed(self, text: Batch, prefix: Prefix
+                         ) -> tuple[jax.Array, KVCache, StackOutputs]:
+    """`prefill` of text behind images that were compressed before."""
+    logits, out = self.read(text, prefix)
+    valid = text.valid
     last = jnp.argmax(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
     at_last = lambda x: jnp.take_along_axis(
         x, last.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
@@ -306,7 +318,7 @@ class Llava(nn.Module):
         readable=jnp.broadcast_to(
             readable, (out.keys.shape[0], *readable.shape)),
         length=jnp.int32(readable.shape[1]),
-        positions=at_last(batch.text.positions) + 1)
+        positions=at_last(text.positions) + 1)
     return at_last(logits), cache, out
 
   def extend(self, tokens: jax.Array, cache: KVCache

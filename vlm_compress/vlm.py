@@ -1,0 +1,265 @@
+"""A model in memory, and what it makes of pictures and prompts.
+
+What the functions of api.py share: pictures become vision features or VoCo
+tokens, a prompt becomes arrays for one of the methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_compress.config import LlavaConfig, check
+from vlm_compress.convert.processor import PROCESSOR, Processor
+from vlm_compress.data import images as images_lib
+from vlm_compress.data.examples import Turn
+from vlm_compress.data.prompts import prompt_row
+from vlm_compress.data.templates import TEMPLATES
+from vlm_compress.data.tokenizer import Tokenizer
+from vlm_compress.models.inputs import CompressedImages, PruneOptions
+from vlm_compress.models.llava import Llava
+from vlm_compress.models.sequence import Batch, VocoBatch, make_batch, split_voco
+
+METHODS = ('auto', 'full', 'voco', 'atp')
+_LENGTH_STEP = 64  # tokens
+_PICTURES_KEPT = 8  # of whose features a Vlm keeps hold
+
+
+def own_method(config: LlavaConfig) -> str:
+  """The method that a model was made for."""
+  return ('atp' if config.atp is not None else
+          'voco' if config.voco is not None else 'full')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vlm:
+  """A model directory in memory.
+
+  Attributes:
+    config: of the model.
+    params: parameters.
+    tokenizer: of the model.
+    processor: how its text and pictures are prepared, None if unknown.
+    directory: where it comes from, '' if from nowhere.
+  """
+  config: LlavaConfig
+  params: Any
+  tokenizer: Tokenizer
+  processor: Processor | None = None
+  directory: str = ''
+  _features: dict[bytes, np.ndarray] = dataclasses.field(
+      default_factory=dict, init=False, repr=False)
+
+  @property
+  def model(self) -> Llava:
+    """The module; its functions take `params`."""
+    return Llava(self.config)
+
+  def template(self) -> str:
+    """The name of the conversation template.
+
+    Raises:
+      ConfigError: processor.json is missing, or names none that exists.
+    """
+    path = pathlib.Path(self.directory) / PROCESSOR
+    check(self.processor is not None,
+          f'{path} does not exist, so it is not known how the model was '
+          f'asked in training; name the template (--template), one of '
+          f'{sorted(TEMPLATES)}')
+    name = self.processor.template
+    check(name in TEMPLATES, f'{path}: template={name!r} is unknown; use one '
+          f'of {sorted(TEMPLATES)}')
+    return name
+
+  def method(self, name: str = 'auto') -> str:
+    """'full', 'voco' or 'atp'; 'auto' is what the model was made for.
+
+    Raises:
+      ConfigError: no such method, or the model has not what it needs.
+    """
+    config, where = self.config, self.directory or 'the model'
+    check(name in METHODS, f'method={name!r}: use one of {METHODS}')
+    if name == 'auto':
+      return own_method(config)
+    check(name != 'voco' or config.voco is not None,
+          f'{where} has no VoCo tokens; use method full')
+    check(name != 'atp' or config.atp is not None,
+          f'{where} has no ATP modules; use method full')
+    return name
+
+  def features(self, image: Any) -> np.ndarray:
+    """Vision features of a picture (see `generate`), float[P', Dv]."""
+    mode = self.processor.image_aspect_ratio if self.processor else 'pad'
+    pixels = np.asarray(images_lib.tower_pixels(
+        images_lib.open_picture(image), self.config.vision, mode))
+    key = hashlib.sha256(pixels).digest()
+    if key not in self._features:
+      while len(self._features) >= _PICTURES_KEPT:
+        self._features.pop(next(iter(self._features)))
+      self._features[key] = self._encode(pixels)
+    return self._features[key]
+
+  def _encode(self, pixels: np.ndarray) -> np.ndarray:
+    if self.config.vision.model_type == 'efficientnet_lite0':
+      from vlm_compress.models.efficientnet import extract_features
+      return np.asarray(extract_features(self._efficientnet, pixels[None])[0])
+    check('vision_tower' in self.params, f'{self.directory or "the model"} has '
+          'no weights of its CLIP tower: convert a checkpoint that has, and '
+          'train from there')
+    return np.asarray(_vision(self.model, self.params, images_lib.
+                              clip_normalize(pixels)[None, None])[0, 0],
+                      np.float32)
+
+  @functools.cached_property
+  def _efficientnet(self) -> Any:
+    from vlm_compress.convert.efficientnet import load_efficientnet_lite0
+    return load_efficientnet_lite0()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedImage:
+  """A picture as VoCo tokens; stands for it in `generate` and `logits`.
+
+  Attributes:
+    vlm: the model that compressed it and can read it.
+    num_voco_tokens: C.
+    segment_ids: token ids of the compression segment.
+    state: keys and values of the one image.
+  """
+  vlm: Vlm = dataclasses.field(repr=False)
+  num_voco_tokens: int
+  segment_ids: tuple[int, ...] = dataclasses.field(repr=False)
+  state: CompressedImages = dataclasses.field(repr=False)
+
+
+def compress_image(vlm: Vlm, image: Any, num_voco_tokens: int | None = None
+                   ) -> CompressedImage:
+  """A picture as VoCo tokens, so that several questions pay for it once.
+
+  It may stand anywhere among the images of a prompt: an image is compressed
+  alone, whatever stands around it.
+
+  Args:
+    vlm: a model with VoCo tokens.
+    image: see `generate`.
+    num_voco_tokens: C, if not as trained.
+
+  Raises:
+    DataError: the picture is none.
+    ConfigError: the model has no VoCo tokens, or fewer than that.
+  """
+  vlm.method('voco')
+  count = _num_voco_tokens(vlm, num_voco_tokens)
+  # What a compressed image has seen is the same in all templates.
+  row = prompt_row('', 1, vlm.tokenizer, vlm.config, 'short', count)
+  segment = _split(row, vlm.config, 1).segment_ids
+  state = _compress(vlm.model, vlm.params, vlm.features(image)[None, None],
+                    segment, count)
+  return CompressedImage(vlm, count, segment, state)
+
+
+class Row(NamedTuple):
+  """A prompt as the model reads it: `size` tokens without padding, which
+  take `positions`; batch holds the text only if there are compressed images.
+  """
+  model: Llava
+  batch: Batch
+  size: int
+  positions: int
+  prune: PruneOptions | None = None
+  compressed: CompressedImages | None = None
+  voco_positions: np.ndarray | None = None
+
+
+def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
+             method: str, num_voco_tokens: int | None) -> Row:
+  """Lays a prompt out; compresses pictures that are not yet (voco)."""
+  check(isinstance(images, (list, tuple)),
+        f'images is a {type(images).__name__}; give a list of pictures')
+  method, template, config = vlm.method(method), vlm.template(), vlm.config
+  given = [i for i in images if isinstance(i, CompressedImage)]
+  check(method == 'voco' or not given, 'a compressed image can only be read '
+        f'with method voco, not {method}; give the picture itself')
+  check(method == 'voco' or num_voco_tokens is None,
+        f'num_voco_tokens={num_voco_tokens} has no meaning for method {method}')
+  check(all(i.vlm is vlm for i in given), 'a compressed image comes from '
+        'another model; compress it with this one')
+  if method == 'voco' and images:
+    if num_voco_tokens is None and given:
+      num_voco_tokens = given[0].num_voco_tokens
+    count = _num_voco_tokens(vlm, num_voco_tokens)
+    check(all(i.num_voco_tokens == count for i in given),
+          f'the compressed images have {[i.num_voco_tokens for i in given]} '
+          f'VoCo tokens, but this prompt has {count} for each')
+    row = prompt_row(prompt, len(images), vlm.tokenizer, config, template,
+                     count)
+    return _compressed_row(vlm, row, images, count)
+  if method == 'full':
+    config = dataclasses.replace(config, voco=None, atp=None)
+  row = prompt_row(prompt, len(images), vlm.tokenizer, config, template)
+  shape = (0, config.num_patches, config.vision.hidden_size)
+  features = [vlm.features(i) for i in images]
+  size = len(row['input_ids'])
+  batch = make_batch([row], [np.stack(features) if images else np.zeros(shape)],
+                     length=_padded(size), num_images=len(images))
+  return Row(Llava(config), batch, size, int(row['positions'][-1]) + 1,
+              PruneOptions() if method == 'atp' and images else None)
+
+
+def _compressed_row(vlm: Vlm, row: dict[str, np.ndarray],
+                    images: Sequence[Any], count: int) -> Row:
+  """The text behind images, all of which are compressed then."""
+  ready = [i if isinstance(i, CompressedImage) else
+           compress_image(vlm, i, count) for i in images]
+  split = _split(row, vlm.config, len(images))
+  check(all(i.segment_ids == split.segment_ids for i in ready),
+        'the prompt puts other tokens between image and VoCo tokens than the '
+        'compressed image has')
+  along = lambda *x: jnp.concatenate(x, axis=2)
+  states = [i.state for i in ready]
+  compressed = states[0].replace(keys=along(*[s.keys for s in states]),
+                                 values=along(*[s.values for s in states]))
+  size = int(split.text.valid[0].sum())
+  return Row(vlm.model, split.text, size, int(row['positions'][-1]) + 1,
+              compressed=compressed, voco_positions=split.voco_positions)
+
+
+def _split(row: dict[str, np.ndarray], config: LlavaConfig, num_images: int
+           ) -> VocoBatch:
+  """Text and segments of a row, with images whose features nobody reads."""
+  nothing = np.zeros((num_images, 0, config.vision.hidden_size))
+  batch = make_batch([row], [nothing], length=len(row['input_ids']),
+                     num_images=num_images)
+  length = int((batch.image_ids == 0).sum())
+  return split_voco(batch, config, _padded(length))
+
+
+def _padded(size: int) -> int:
+  return -(-size // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def _num_voco_tokens(vlm: Vlm, count: int | None) -> int:
+  trained = vlm.config.voco.num_voco_tokens
+  check(count is None or 1 <= count <= trained, f'num_voco_tokens={count}: '
+        f'the model was made for 1 to {trained}')
+  return trained if count is None else count
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _vision(model: Llava, params: Any, pixels: jax.Array) -> jax.Array:
+  return model.apply({'params': params}, pixels, method='vision_features')
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _compress(model: Llava, params: Any, features: jax.Array,
+              segment_ids: tuple[int, ...], count: int) -> CompressedImages:
+  return model.apply({'params': params}, features, segment_ids, count,
+                     method='compress_images')
