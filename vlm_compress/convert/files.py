@@ -72,7 +72,7 @@ def new_directory(directory: pathlib.Path, copy_from: pathlib.Path | None
     copy_from: directory whose tokenizer files are copied, or None.
 
   Yields:
-    The directory to write to.
+    The directory to write to, with the copies.
 
   Raises:
     ConfigError: the directory has something in it.
@@ -81,10 +81,10 @@ def new_directory(directory: pathlib.Path, copy_from: pathlib.Path | None
         and not any(directory.iterdir()), f'{directory} exists and is not '
         'empty; name another directory or delete it')
   with atomic.directory(directory) as work:
-    yield work
     for name in TOKENIZER_FILES:
       if copy_from is not None and (copy_from / name).is_file():
         shutil.copyfile(copy_from / name, work / name)
+    yield work
 
 
 def _replace(path: pathlib.Path, write) -> None:

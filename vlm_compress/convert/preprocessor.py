@@ -79,6 +79,22 @@ def aspect_mode(directory: pathlib.Path, image_size: int) -> str | None:
   return 'pad' if pad else 'crop'
 
 
+def values_for(mode: str, image_size: int) -> dict[str, Any]:
+  """A preprocessor_config.json, as transformers reads it.
+
+  Args:
+    mode: 'pad' or 'crop'.
+    image_size: of the tower, in pixels.
+  """
+  return {'image_processor_type': 'LlavaImageProcessor',
+          'do_pad': mode == 'pad', 'do_resize': True, 'do_center_crop': True,
+          'do_rescale': True, 'do_normalize': True, 'do_convert_rgb': True,
+          'size': {'shortest_edge': image_size},
+          'crop_size': {'height': image_size, 'width': image_size},
+          'resample': BICUBIC, 'rescale_factor': 1 / 255,
+          'image_mean': list(MEAN), 'image_std': list(STD)}
+
+
 def _side(value: Any, path: pathlib.Path, name: str) -> int:
   """The side that a size stands for, in pixels.
 

@@ -20,6 +20,8 @@ from vlm_compress.config import LlavaConfig, check
 from vlm_compress.convert import hf_config, rules
 from vlm_compress.convert.files import WEIGHTS, load_config, new_directory
 from vlm_compress.convert.from_hf import parameter_shapes
+from vlm_compress.convert.preprocessor import PREPROCESSOR, values_for
+from vlm_compress.convert.processor import Processor, load_processor
 from vlm_compress.convert.tensors import TensorFiles, TensorWriter
 
 ADAPTERS = 'vlm_compress_adapters.safetensors'
@@ -37,6 +39,7 @@ class Plan:
     specs: their key -> (shape, dtype).
     extra_rows: added to the vocabulary, zeros, for the image placeholder.
     adapters: our paths that go to ADAPTERS.
+    processor: how its pictures are prepared; None if nothing says.
   """
   source: TensorFiles
   config: LlavaConfig
@@ -44,6 +47,7 @@ class Plan:
   specs: dict[str, tuple[tuple[int, ...], str]]
   extra_rows: int
   adapters: list[str]
+  processor: Processor | None
 
   @property
   def nbytes(self) -> int:
@@ -104,7 +108,8 @@ def make_plan(directory: pathlib.Path) -> Plan:
     specs[key] = ((config.vision.hidden_size,), ours.param_dtype)
     if target[0] in source.keys:
       pieces[key] = target
-  return Plan(source, config, pieces, specs, extra, adapters)
+  return Plan(source, config, pieces, specs, extra, adapters,
+              load_processor(directory))
 
 
 def export(plan: Plan, directory: pathlib.Path, *,
@@ -146,3 +151,7 @@ def export(plan: Plan, directory: pathlib.Path, *,
       side.close()
     (work / hf_config.CONFIG).write_text(
         json.dumps(hf_config.to_hf(plan.config), indent=1))
+    if plan.processor is not None:
+      (work / PREPROCESSOR).write_text(json.dumps(values_for(
+          plan.processor.image_aspect_ratio, plan.config.vision.image_size),
+          indent=1))
