@@ -84,12 +84,13 @@ def from_sentencepiece(path: pathlib.Path
   except ModuleNotFoundError as e:
     raise ConfigError(f'{path}: reading it needs the packages sentencepiece '
                       f'and protobuf; {_INSTALL}') from e
+  model = sentencepiece_model_pb2.ModelProto()
   try:
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-  except DecodeError as e:
-    raise ConfigError(f'{path} is truncated or no sentencepiece model; '
-                      'download it again') from e
-  check(len(model.pieces) > 0, f'{path} has no pieces')
+    model.ParseFromString(path.read_bytes())
+  except DecodeError:
+    model.Clear()
+  check(len(model.pieces) > 0, f'{path} is truncated or no sentencepiece model; '
+        'download it again')
   trainer, normalizer = model.trainer_spec, model.normalizer_spec
   kind = trainer.ModelType.Name(trainer.model_type)
   check(kind == 'BPE', f'{path}: model_type={kind} is not supported; only BPE, '
