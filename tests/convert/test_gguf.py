@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from gguf import GGMLQuantizationType as Kind
+from PIL import Image
 
 from vlm_compress.cli import __main__ as cli
 from vlm_compress.convert import files, from_hf, gguf_files
@@ -60,7 +61,7 @@ def interleaved(rows, heads):
 
 
 def write(path, tensors, *, arch='llama', sizes=None, store=None, fields=None,
-          extra=()):
+          extra=(), bools=None):
   """A GGUF file of Hugging Face's tensors.
 
   store(key, array) gives the Kind that a tensor is stored in, float32 if None.
@@ -71,7 +72,7 @@ def write(path, tensors, *, arch='llama', sizes=None, store=None, fields=None,
       add = {float: writer.add_float32, str: writer.add_string,
              bool: writer.add_bool}.get(type(value), writer.add_uint32)
       add(f'{arch}.{key}', value)
-  add_vocabulary(writer)
+  add_vocabulary(writer, bools or {'tokenizer.ggml.add_bos_token': True})
   for key, value in (fields or {}).items():
     (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], LAYERS)
@@ -96,7 +97,7 @@ def write(path, tensors, *, arch='llama', sizes=None, store=None, fields=None,
   return path
 
 
-def add_vocabulary(writer):
+def add_vocabulary(writer, bools):
   """Bytes as letters, and special tokens behind them."""
   from tokenizers import pre_tokenizers
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -109,7 +110,8 @@ def add_vocabulary(writer):
   writer.add_bos_token_id(256)
   writer.add_eos_token_id(257)
   writer.add_pad_token_id(258)
-  writer.add_add_bos_token(True)
+  for key, value in bools.items():
+    writer.add_bool(key, value)
 
 
 @pytest.fixture(scope='module')
@@ -271,6 +273,21 @@ def test_a_tokenizer_beside_it_is_kept(clip, tmp_path, capsys):
   (source / 'tokenizer.json').write_text('{"model": {"vocab": {"a": 300}}}')
   line = refused(capsys, source, clip, tmp_path / 'to2')
   assert '301 tokens' in line and '300 rows' in line
+
+
+def test_a_converted_file_answers(clip, tmp_path, capsys):
+  """Also without BOS, as its tokenizer then says."""
+  Image.new('RGB', (30, 20), 'red').save(tmp_path / 'a.png')
+  for begin in (0, 1):
+    path = write(tmp_path / 'a.gguf', weights(), bools={
+        'tokenizer.ggml.add_bos_token': bool(begin)}, sizes={'context_length': 99})
+    converted(path, clip, tmp_path / f'to{begin}')
+    tokenizer = load_tokenizer(tmp_path / f'to{begin}' / files.TOKENIZER)
+    assert tokenizer.bos_id == (256 if begin else None)
+    capsys.readouterr()
+    assert run('generate', '--checkpoint', tmp_path / f'to{begin}', '--image',
+               tmp_path / 'a.png', '--prompt', 'what <end>?',
+               '--max-new-tokens', 5) == 0
 
 
 @pytest.mark.parametrize('sizes,words', [

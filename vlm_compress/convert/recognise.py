@@ -215,8 +215,9 @@ def with_voco(config: LlavaConfig, source: pathlib.Path, count: int
     ConfigError: the row is not the last one.
   """
   index, rows = token_id(source, VOCO_TOKEN), config.text.vocab_size
-  if index is None:
-    return config, []
+  if index is None:  # a placeholder that is no word's id, nor an image's
+    return dataclasses.replace(config, voco_token_index=max(
+        rows, config.image_token_index + 1)), []
   check(index == rows - 1, f'{source}: {VOCO_TOKEN} has id {index}, but '
         f'the vocabulary has {rows} rows; it must be the last one')
   config = dataclasses.replace(

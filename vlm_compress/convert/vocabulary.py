@@ -113,7 +113,7 @@ def from_sentencepiece(path: pathlib.Path
         'piece')
   return inner, _roles(name(trainer.bos_id), name(trainer.eos_id),
                        name(trainer.pad_id), name(trainer.bos_id) is not None,
-                       unk_token=texts[trainer.unk_id])
+                       unk_token=texts[kinds.index(UNKNOWN)])
 
 
 def from_gguf(metadata: Mapping[str, Any], where: pathlib.Path
