@@ -5,41 +5,19 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 
 import pytest
 import sentencepiece
 import wheel_files
 from sentencepiece import sentencepiece_model_pb2
+from tokenizer_texts import BY_HAND, WORDS, many_texts
 from tokenizers import pre_tokenizers
 
 from vlm_compress.config import ConfigError
 from vlm_compress.convert import gguf_files, vocabulary
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.tokenizer import Roles, Tokenizer, load
-
-WORDS = ('the lighthouse keeper counted ships for thirty years; every evening '
-         'he climbed 142 steps to the lamp, and cleaned its glass. ¿Qué? '
-         'naïve café Übergröße 漢字 かな слово "quoted" (in brackets) a-b_c '
-         'https://example.com/x?y=1&z=2 x==y !!! ... 3.14159 12:30').split()
-BY_HAND = [
-    '', ' ', '  ', 'a', ' a', '  a', 'a ', 'a  b', 'a   b    c', '\n', '\n\n',
-    ' \n ', 'a\nb', 'a\r\nb\tc', 'x' * 50, '=' * 33, '- ' * 9, '0123456789',
-    '1 000 000', '12ab34', 'naïve café', 'cafe\u0301', '漢字かな交じり',
-    '\N{GRINNING FACE}', '\N{WOMAN}\u200d\N{MICROSCOPE} ok', '\u2581', 'a\u2581b',
-    '\u2581\u2581 x', '\u3000wide', 'no\u00a0break', '\ufeffmark', '\x00\x01',
-    'I\'m sure they\'ll "see".', 'USER: <image>\nwhat?', '</s> <s> <unk>', '<0x41>']
-
-
-def many_texts(seed=0, count=600):
-  """Texts by hand and at random, runs of spaces of every length among them."""
-  rng = random.Random(seed)
-  out = [*BY_HAND, *(' ' * n + 'x' + ' ' * n for n in range(40))]
-  for _ in range(count):
-    joint = rng.choice(['', ' ', '  ', '\n'])
-    out.append(joint.join(rng.choice(WORDS) for _ in range(rng.randint(1, 12))))
-    out.append(''.join(rng.choice('  \n\taeiths019.,é漢<>/s🙂\u2581')
-                       for _ in range(rng.randint(1, 30))))
-  return out
 
 
 def trained(**changes):
@@ -278,6 +256,15 @@ def test_bytes_without_a_token_do_not_vanish(tmp_path):
 def test_gguf_vocabularies_that_are_refused(fields, words, tmp_path):
   with pytest.raises(ConfigError, match=words):
     vocabulary.from_gguf(byte_level(**fields), tmp_path / 'a.gguf')
+
+
+@pytest.mark.parametrize('package,call', [
+    ('sentencepiece', lambda path: vocabulary.from_sentencepiece(path)),
+    ('tokenizers', lambda path: vocabulary.from_gguf(byte_level(), path))])
+def test_without_the_packages(package, call, small, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(ConfigError, match=rf'{package}.*\.\[convert\]'):
+    call(write(tmp_path, small))
 
 
 def test_vocabulary_of_smollm2(tmp_path):

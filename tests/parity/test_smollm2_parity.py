@@ -7,6 +7,8 @@ same perplexity and the same greedy answer.
 
 from __future__ import annotations
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,10 @@ transformers = pytest.importorskip(
 
 import gguf
 import wheel_files
+from tokenizer_texts import many_texts
 
 from vlm_compress.cli import __main__ as cli
+from vlm_compress.convert import vocabulary
 from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.decode.generate import generate
@@ -51,9 +55,14 @@ for half of his life, were the words: "You can stop counting now."
 QUESTION = 'The capital of France is'
 
 
-def their_model(path):
+@pytest.fixture(scope='module')
+def reader():
+  return gguf.GGUFReader(wheel_files.extracted(wheel_files.SMOLLM2))
+
+
+@pytest.fixture(scope='module')
+def theirs(reader):
   """transformers' LLaMA with the file's weights."""
-  reader = gguf.GGUFReader(path)
   value = lambda key: reader.fields[f'llama.{key}'].contents()
   heads, kv = value('attention.head_count'), value('attention.head_count_kv')
   config = transformers.LlamaConfig(
@@ -100,11 +109,6 @@ def ours(tmp_path_factory):
           jax.tree.map(jnp.asarray, load_params(root / 'ours')))
 
 
-@pytest.fixture(scope='module')
-def theirs():
-  return their_model(wheel_files.extracted(wheel_files.SMOLLM2))
-
-
 def text_batch(ids, config):
   """A row without pictures."""
   row = expand_row(ids, [False] * len(ids), [0] * len(ids), config)
@@ -147,6 +151,22 @@ def test_greedy_answer(ours, theirs):
   print(repr(tokenizer.decode(got)))
   assert got[:len(want)] == want
   assert 'Paris' in tokenizer.decode(got)
+
+
+@pytest.mark.parametrize('words,name', [('gpt-2', 'GPT2Tokenizer'),
+                                        ('qwen2', 'Qwen2Tokenizer')])
+def test_words_end_where_theirs_do(words, name, reader):
+  """On its vocabulary; 'smollm' is gpt-2 behind single digits."""
+  metadata = {key: field.contents() for key, field in reader.fields.items()
+              if key.startswith('tokenizer.ggml.')}
+  metadata['tokenizer.ggml.pre'] = words
+  ours, _ = vocabulary.from_gguf(metadata, pathlib.Path('smollm2.gguf'))
+  theirs = getattr(transformers, name)(
+      vocab=ours.get_vocab(), merges=[tuple(pair.split(' ')) for pair in
+                                      metadata['tokenizer.ggml.merges']])
+  texts = [t for t in many_texts(count=1000) if '\x00' not in t]  # no such byte
+  wrong = [t for t in texts if ours.encode(t).ids != theirs(t)['input_ids']]
+  assert not wrong, (len(wrong), wrong[:2])
 
 
 def test_its_config_says_what_the_file_says(ours):

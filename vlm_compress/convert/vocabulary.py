@@ -181,7 +181,8 @@ def llama_bpe(texts: Sequence[str], merges: Sequence[tuple[str, str]], *,
     texts: pieces by id.
     merges: pairs of pieces, most urgent first.
     kinds: of the pieces; by default 0 is unknown, 1 and 2 are `<s>` and
-      `</s>`, and `<0x00>` to `<0xFF>` are bytes.
+      `</s>`, and `<0x00>` to `<0xFF>` are bytes. Unknown, control and
+      user-defined ones become special tokens, which no text spells.
     dummy_prefix: a text begins with a space that is not written.
   """
   tokenizers = _library()
