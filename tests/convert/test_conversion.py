@@ -7,6 +7,7 @@ torch; tests/parity compares with checkpoints that transformers wrote.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 
@@ -16,11 +17,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 from PIL import Image
 
 from vlm_compress.cli import __main__ as cli
 from vlm_compress.convert import files
 from vlm_compress.convert.tensors import INDEX, TensorFiles, TensorWriter
+from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.data.tokenizer import word_level
 from vlm_compress.models.llava import Llava, init_params
 
@@ -111,13 +114,40 @@ def test_export_and_convert_give_the_model_back(ours, exported, tmp_path):
   assert run('convert', '--from', exported, '--to', tmp_path / 'back') == 0
   same(tmp_path / 'back', ours)
   assert files.load_config(tmp_path / 'back') == dataclasses.replace(
-      CONFIG, voco_token_index=32000, text=dataclasses.replace(
+      CONFIG, voco_token_index=96, text=dataclasses.replace(
           CONFIG.text, initializer_range=0.1))
   assert (tmp_path / 'back' / files.TOKENIZER).read_text() == '{}'
   assert run('export', '--from', tmp_path / 'back', '--to',
              tmp_path / 'again') == 0
   for key, value in weights(exported).items():
     np.testing.assert_array_equal(weights(tmp_path / 'again')[key], value)
+
+
+def test_placeholders_are_no_words(source, tmp_path):
+  """In the real LLaVA-1.5 both would be 32000 by default."""
+  reconfigure(source, lambda v: v.update(image_token_index=96))
+  assert run('convert', '--from', source, '--to', tmp_path / 'to') == 0
+  config = files.load_config(tmp_path / 'to')
+  assert (config.image_token_index, config.voco_token_index) == (96, 97)
+
+
+def test_a_sentencepiece_model_becomes_a_tokenizer(source, tmp_path, capsys):
+  model = io.BytesIO()
+  train = sentencepiece.SentencePieceTrainer.train
+  train(sentence_iterator=iter(['a cat and a dog'] * 9), model_writer=model,
+        model_type='bpe', vocab_size=24, minloglevel=2, hard_vocab_limit=False,
+        normalization_rule_name='identity', remove_extra_whitespaces=False)
+  (source / 'tokenizer.model').write_bytes(model.getvalue())
+  (source / files.TOKENIZER).unlink()
+  assert run('convert', '--from', source, '--to', tmp_path / 'to') == 0
+  assert 'tokenizer.json is built' in capsys.readouterr().out
+  tokenizer = load_tokenizer(tmp_path / 'to' / files.TOKENIZER, strict=False)
+  theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  assert tokenizer.encode('a dog') == theirs.encode('a dog')
+  assert (tmp_path / 'to/tokenizer.model').is_file()
+  (source / 'tokenizer.model').write_bytes(b'text')
+  line = refused(capsys, 'convert', '--from', source, '--to', tmp_path / 'to2')
+  assert 'tokenizer.model is truncated or no sentencepiece model' in line
 
 
 def in_memory(tensors):

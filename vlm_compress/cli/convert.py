@@ -5,9 +5,11 @@
   vlm-compress convert --llm=vicuna-7b --vision=clip-vit-large --to=start7b
   vlm-compress convert --llm=vicuna-7b --vision=clip-vit-large \
     --projector=mm_projector.safetensors --to=stage1
+  vlm-compress convert --llm=smollm2.gguf --vision=clip-vit-base --to=small
 
 The format is recognised from the files.  Tensors are copied one at a time, so
-a checkpoint may be larger than the memory.
+a checkpoint may be larger than the memory.  A tokenizer.model, or the
+vocabulary in a GGUF file, becomes a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
   source.add_argument('--from', dest='source', type=pathlib.Path, metavar='DIR',
                       help='LLaVA-1.5 (Hugging Face or original) or VoCo-LLaMA')
   source.add_argument('--llm', type=pathlib.Path, metavar='DIR',
-                      help='LLaMA or Qwen2 language model, with --vision: a VLM '
-                      'with a fresh projector')
+                      help='LLaMA or Qwen2 language model (a .gguf file, too), '
+                      'with --vision: a VLM with a fresh projector')
   p.add_argument('--vision', type=pathlib.Path, metavar='DIR',
                  help='CLIP, where the source has no vision tower')
   p.add_argument('--projector', type=pathlib.Path, metavar='PATH',
@@ -72,6 +74,8 @@ def main(argv: list[str]) -> int:
   count = sum(math.prod(shape) for shape in plan.shapes.values())
   print(f'{args.to}: {count / 1e6:,.1f} M parameters, '
         f'{plan.config.param_dtype}')
+  if TOKENIZER in plan.tokenizer:
+    print(f'{TOKENIZER} is built from the vocabulary of {source}')
   if not (args.to / TOKENIZER).exists():
     print(f'note: {source} has no {TOKENIZER}; put one into {args.to} before '
           'it is asked anything')

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_compress.config import LlavaConfig, check, to_dict
-from vlm_compress.convert import hf_config, rules
+from vlm_compress.convert import hf_config, rules, vocabulary
 from vlm_compress.convert.files import CONFIG, WEIGHTS, abstract_params, new_directory
+from vlm_compress.convert.gguf_files import GgufFile
 from vlm_compress.convert.recognise import Found, recognise, with_voco
 from vlm_compress.convert.tensors import TensorFiles, TensorWriter
 from vlm_compress.models.llava import Llava, init_params
@@ -44,7 +45,7 @@ class Piece:
     move: name in rules.TO_OURS.
     rows: first and last + 1 of the source tensor that go there; None for all.
   """
-  source: TensorFiles
+  source: TensorFiles | GgufFile
   key: str
   target: str
   layer: int | None
@@ -83,12 +84,15 @@ class Plan:
     shapes: our path -> shape, of all parameters.
     fresh: paths that no source has, which start at random (--llm, --vision).
     notes: what a reader of the result should know.
+    tokenizer: name -> text of tokenizer files that the source has in another
+      form only.
   """
   config: LlavaConfig
   pieces: list[Piece]
   shapes: dict[str, tuple[int, ...]]
   fresh: list[str]
   notes: list[str]
+  tokenizer: dict[str, str]
 
 
 def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
@@ -98,7 +102,7 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
 
   Args:
     source: LLaVA (Hugging Face's or the original), VoCo-LLaMA, or a language
-      model, which needs `vision`.
+      model, which needs `vision` and may be a GGUF file.
     vision: directory of a CLIP tower, if not inside.
     projector: file, or directory, of a projector alone (LLaVA's first stage),
       for a language model.
@@ -111,6 +115,10 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
   """
   found = recognise(source, vision, projector, allow_pickle)
   config, notes = with_voco(found.config, source, num_voco_tokens)
+  decoder = found.parts['decoder'][0]
+  tokenizer = vocabulary.build(
+      source, decoder.metadata if isinstance(decoder, GgufFile) else None,
+      config.text.vocab_size + (config.voco is not None))
   stored = dtype or found.stored_dtype()
   config = dataclasses.replace(
       config, param_dtype=stored,
@@ -134,7 +142,7 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
     pieces = list(_split_voco(pieces, config.text.vocab_size))
   _balance(pieces, found)
   fresh = _check_shapes(pieces, shapes, allow_fresh=not found.has_projector)
-  return Plan(config, pieces, shapes, fresh, [*found.notes, *notes])
+  return Plan(config, pieces, shapes, fresh, [*found.notes, *notes], tokenizer)
 
 
 def _tables(config: LlavaConfig) -> dict[str, tuple[list[rules.Rule], int]]:
@@ -186,8 +194,8 @@ def _balance(pieces: list[Piece], found: Found) -> None:
           f'in {hf_config.CONFIG} does not have, the first is {spare[:1]}')
 
 
-def _without_tied_head(spare: list[str], source: TensorFiles, found: Found
-                       ) -> list[str]:
+def _without_tied_head(spare: list[str], source: TensorFiles | GgufFile,
+                       found: Found) -> list[str]:
   head = found.parts['head'][1] + 'weight'
   table = found.parts['decoder'][1] + 'embed_tokens.weight'
   if head not in spare:
@@ -241,6 +249,8 @@ def convert(plan: Plan, directory: pathlib.Path, *,
       writer.write(path, value)
     writer.close()
     (work / CONFIG).write_text(json.dumps(to_dict(plan.config), indent=1))
+    for name, text in plan.tokenizer.items():
+      (work / name).write_text(text, encoding='utf-8')
 
 
 def _fresh(plan: Plan, seed: int) -> dict[str, np.ndarray]:

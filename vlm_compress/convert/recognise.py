@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from vlm_compress.config import ConfigError, LlavaConfig, VocoConfig, check
-from vlm_compress.convert import hf_config, rules
+from vlm_compress.convert import gguf_files, hf_config, rules
 from vlm_compress.convert.files import TOKENIZER
+from vlm_compress.convert.gguf_files import GgufFile
 from vlm_compress.convert.pickled import open_tensors
 from vlm_compress.convert.tensors import TensorFiles
 
@@ -32,11 +34,11 @@ class Found:
     notes: what a reader of the result should know.
   """
   config: LlavaConfig
-  parts: dict[str, tuple[TensorFiles, str]]
+  parts: dict[str, tuple[TensorFiles | GgufFile, str]]
   notes: list[str]
 
   @property
-  def sources(self) -> list[TensorFiles]:
+  def sources(self) -> list[TensorFiles | GgufFile]:
     """Each once."""
     return list({id(t): t for t, _ in self.parts.values()}.values())
 
@@ -66,8 +68,7 @@ def recognise(source: pathlib.Path, vision: pathlib.Path | None,
   Raises:
     ConfigError: something is missing, there twice, or not implemented.
   """
-  main = open_tensors(source, allow_pickle)
-  values, where = hf_config.read_json(source), str(source / hf_config.CONFIG)
+  main, values, where = _open(source, allow_pickle)
   parts = _parts(main)
   check('decoder' in parts or not _has_projector(parts), f'{source} holds a '
         'projector alone: give it with --projector, and its language model and '
@@ -94,19 +95,31 @@ def recognise(source: pathlib.Path, vision: pathlib.Path | None,
   return Found(config, parts, notes)
 
 
-def _parts(tensors: TensorFiles) -> dict[str, tuple[TensorFiles, str]]:
+def _open(source: pathlib.Path, allow_pickle: bool
+          ) -> tuple[TensorFiles | GgufFile, dict[str, Any], str]:
+  """Tensors, values of the config, and where those stand."""
+  path = gguf_files.find(source)
+  if path is not None:
+    file = GgufFile(path)
+    return file, gguf_files.text_values(file), str(path)
+  return (open_tensors(source, allow_pickle), hf_config.read_json(source),
+          str(source / hf_config.CONFIG))
+
+
+def _parts(tensors: TensorFiles | GgufFile
+           ) -> dict[str, tuple[TensorFiles | GgufFile, str]]:
   prefixes = {name: rules.find_prefix(name, tensors.keys)
               for name in rules.PARTS}
   return {name: (tensors, prefix) for name, prefix in prefixes.items()
           if prefix is not None}
 
 
-def _has_projector(parts: dict[str, tuple[TensorFiles, str]]) -> bool:
+def _has_projector(parts: dict[str, Any]) -> bool:
   return any(name in parts for name in _PROJECTORS)
 
 
 def _tower(vision: pathlib.Path, values: dict,
-           parts: dict[str, tuple[TensorFiles, str]], source: pathlib.Path,
+           parts: dict[str, tuple[TensorFiles | GgufFile, str]], source: pathlib.Path,
            allow_pickle: bool):
   """Config of a CLIP directory; its tensors, unless the source has its own."""
   if 'tower' not in parts:
@@ -121,7 +134,7 @@ def _tower(vision: pathlib.Path, values: dict,
 
 
 def _with_projector(path: pathlib.Path, config: LlavaConfig,
-                    parts: dict[str, tuple[TensorFiles, str]],
+                    parts: dict[str, tuple[TensorFiles | GgufFile, str]],
                     allow_pickle: bool, notes: list[str]) -> LlavaConfig:
   """Adds the projector of LLaVA's first stage.
 
@@ -202,8 +215,9 @@ def with_voco(config: LlavaConfig, source: pathlib.Path, count: int
     ConfigError: the row is not the last one.
   """
   index, rows = token_id(source, VOCO_TOKEN), config.text.vocab_size
-  if index is None:
-    return config, []
+  if index is None:  # a placeholder that is no word's id, nor an image's
+    return dataclasses.replace(config, voco_token_index=max(
+        rows, config.image_token_index + 1)), []
   check(index == rows - 1, f'{source}: {VOCO_TOKEN} has id {index}, but '
         f'the vocabulary has {rows} rows; it must be the last one')
   config = dataclasses.replace(

@@ -132,6 +132,22 @@ CLIP_TEXT = ('text_model.', 'text_projection.', 'visual_projection.',
              'logit_scale')
 
 
+# Tensors of a GGUF file by llama.cpp's names, without .weight or .bias; they
+# become the names of a language model of one's own.
+GGUF_NAMES = {
+    'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm',
+    'output': 'lm_head', 'blk.*.attn_norm': 'model.layers.*.input_layernorm',
+    'blk.*.ffn_norm': 'model.layers.*.post_attention_layernorm',
+    'blk.*.attn_q': 'model.layers.*.self_attn.q_proj',
+    'blk.*.attn_k': 'model.layers.*.self_attn.k_proj',
+    'blk.*.attn_v': 'model.layers.*.self_attn.v_proj',
+    'blk.*.attn_output': 'model.layers.*.self_attn.o_proj',
+    'blk.*.ffn_gate': 'model.layers.*.mlp.gate_proj',
+    'blk.*.ffn_up': 'model.layers.*.mlp.up_proj',
+    'blk.*.ffn_down': 'model.layers.*.mlp.down_proj',
+}
+
+
 def find_prefix(part: str, keys: Iterable[str]) -> str | None:
   """The prefix of a part among the keys of a checkpoint, or None.
 

@@ -17,7 +17,7 @@ import numpy as np
 from vlm_compress.data import templates
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example, Turn
-from vlm_compress.data.tokenizer import Tokenizer
+from vlm_compress.data.tokenizer import ROLES, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,12 @@ def encode(conversation: Example | Sequence[Turn], tokenizer: Tokenizer,
     voco_token_index: id of a VoCo token.
 
   Returns:
-    An EncodedRow that begins with BOS.
+    An EncodedRow that begins with BOS, if the tokenizer has one.
 
   Raises:
-    DataError: markers and images disagree, the template cannot say this, or
-      a word is unknown; the message names the example.
+    DataError: markers and images disagree, the template cannot say this, a
+      word is unknown, or VoCo tokens meet a tokenizer without BOS; the
+      message names the example.
   """
   if isinstance(template, str):
     template = templates.get_template(template)
@@ -87,7 +88,7 @@ def encode(conversation: Example | Sequence[Turn], tokenizer: Tokenizer,
 def encode_pieces(pieces: Sequence[templates.Piece], tokenizer: Tokenizer,
                   image_token_index: int = -200,
                   voco_token_index: int = 32000) -> EncodedRow:
-  """Tokenises rendered pieces, with BOS in front.
+  """Tokenises rendered pieces, with BOS in front where the tokenizer has one.
 
   A text that follows another text (of another turn or supervision) continues
   it; a text at the beginning or after a placeholder or `</s>` starts anew.
@@ -95,7 +96,12 @@ def encode_pieces(pieces: Sequence[templates.Piece], tokenizer: Tokenizer,
   placeholders = {templates.IMAGE: image_token_index,
                   templates.VOCO: voco_token_index,
                   templates.EOS: tokenizer.eos_id}
-  input_ids, loss_mask, turn_ids = [tokenizer.bos_id], [False], [0]
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  if not bos and any(piece.kind == templates.VOCO for piece in pieces):
+    raise DataError('VoCo tokens are computed behind a BOS token, but this '
+                    'tokenizer puts none in front; name one as bos_token in '
+                    f'{ROLES}, with "add_bos_token": true')
+  input_ids, loss_mask, turn_ids = bos, [False] * len(bos), [0] * len(bos)
   previous = ''
   for piece in pieces:
     if piece.kind == templates.TEXT:

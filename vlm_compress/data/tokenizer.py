@@ -3,53 +3,77 @@
 It adds what conversations need and the library does not say in one word:
 text that continues another text (no SentencePiece dummy prefix), special
 tokens that cannot be smuggled in through a question, unknown words that fail
-instead of becoming `<unk>`, and the ids of the special tokens by role.
+instead of becoming `<unk>`, and the ids of the special tokens by role.  Their
+names stand in the `tokenizer_config.json` beside a `tokenizer.json`.
 
-Two kinds of tokenizer are used: LLaMA's (byte-fallback BPE, from a
-`tokenizer.json`) and a word-level one for small models trained from scratch,
-in which a word has the same id in a question and in an answer.
+Two kinds of tokenizer are used: those of public models (from a
+`tokenizer.json`; convert/vocabulary.py builds it from other files) and a
+word-level one for small models trained from scratch, in which a word has the
+same id in a question and in an answer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from vlm_compress.atomic import write_text
 from vlm_compress.data.errors import DataError
 
 WORD_LEVEL_SPECIALS = ('<pad>', '<s>', '</s>', '<unk>')
 _WORD = r'\n|\w+|[^\w\s]'
-_SPACE = '\u2581'  # SentencePiece's visible space
+ROLES = 'tokenizer_config.json'
+# Classes of transformers that put no BOS in front unless the file says so.
+_NO_BOS = ('GPT2Tokenizer', 'GPT2TokenizerFast')
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+  """Names of the special tokens.
+
+  Attributes:
+    bos: put in front of every row; None for a model that has none there.
+    eos: closes an answer.
+    pad: None for `<pad>`, or whatever there is instead.
+  """
+  bos: str | None = '<s>'
+  eos: str = '</s>'
+  pad: str | None = None
 
 
 class Tokenizer:
   """Text to ids and back.
 
   Attributes:
-    bos_id, eos_id, pad_id: ids of `<s>`, `</s>` and `<pad>` (without a
-      `<pad>`: `<unk>`, as LLaVA does).
+    bos_id, eos_id, pad_id: ids of the tokens in these roles; bos_id is None
+      if nothing is put in front, pad_id without a `<pad>` is `<unk>`'s, as
+      LLaVA does, or EOS's.
     unk_id: id of `<unk>`, None if there is none.
     newline_ids: ids of a newline inside a text.
     vocab_size: ids are 0 .. vocab_size - 1.
   """
 
-  def __init__(self, inner: tokenizers.Tokenizer, *, strict: bool = True):
+  def __init__(self, inner: tokenizers.Tokenizer, *, strict: bool = True,
+               roles: Roles | None = None):
     """Wraps a tokenizer of the library.
 
     Args:
       inner: the tokenizer; it is copied.
       strict: encode() refuses text that is not in the vocabulary.
+      roles: names of the special tokens, if not the usual ones.
 
     Raises:
-      DataError: it has no `<s>` or no `</s>`.
+      DataError: it lacks a token that has a role.
     """
     self._json = inner.to_str()
-    self._strict = strict
+    self._strict, self._roles = strict, roles or Roles()
     self._build()
 
   def _build(self) -> None:
@@ -62,24 +86,28 @@ class Tokenizer:
       inner.no_padding()
       inner.no_truncation()
     self.vocab_size = self._first.get_vocab_size(with_added_tokens=True)
-    self.unk_id = self._first.token_to_id('<unk>')
-    self.bos_id = self._special('<s>')
-    self.eos_id = self._special('</s>')
-    pad_id = self._first.token_to_id('<pad>')
-    if pad_id is None:
-      pad_id = self.eos_id if self.unk_id is None else self.unk_id
-    self.pad_id = pad_id
+    self.unk_id = self._first.token_to_id(
+        spec['model'].get('unk_token') or '<unk>')
+    self.bos_id = (None if self._roles.bos is None
+                   else self._special(self._roles.bos))
+    self.eos_id = self._special(self._roles.eos)
+    if self._roles.pad is not None:
+      self.pad_id = self._special(self._roles.pad)
+    else:
+      self.pad_id = next(i for i in (self._first.token_to_id('<pad>'),
+                                     self.unk_id, self.eos_id) if i is not None)
     self._specials = {self.bos_id, self.eos_id, self.pad_id, self.unk_id}
     self.newline_ids = tuple(self.encode('\n', first=False))
 
   def __reduce__(self):
-    return _unpack, (self._json, self._strict)
+    return _unpack, (self._json, self._strict, self._roles)
 
   def _special(self, token: str) -> int:
     token_id = self._first.token_to_id(token)
     if token_id is None:
       raise DataError(f'the tokenizer has no {token} token; add it to its '
-                      'vocabulary')
+                      f'vocabulary, or name its own in {ROLES} beside it '
+                      '(bos_token, which may be null, eos_token, pad_token)')
     return token_id
 
   def encode(self, text: str, first: bool = True) -> list[int]:
@@ -123,20 +151,31 @@ class Tokenizer:
             else f'<{int(i)}>' for i in ids]
 
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes a `tokenizer.json`, all or nothing."""
+    """Writes a `tokenizer.json`, all or nothing.
+
+    Tokens with other names than `<s>` and `</s>` are written to the
+    `tokenizer_config.json` beside it.
+    """
     write_text(path, self._json)
+    beside = pathlib.Path(path).with_name(ROLES)
+    if self._roles != Roles() or beside.exists():
+      write_text(beside, json.dumps({
+          'bos_token': self._roles.bos, 'eos_token': self._roles.eos,
+          'pad_token': self._roles.pad,
+          'add_bos_token': self._roles.bos is not None}, indent=1))
 
 
-def _unpack(spec: str, strict: bool) -> Tokenizer:
-  return Tokenizer(tokenizers.Tokenizer.from_str(spec), strict=strict)
+def _unpack(spec: str, strict: bool, roles: Roles) -> Tokenizer:
+  return Tokenizer(tokenizers.Tokenizer.from_str(spec), strict=strict,
+                   roles=roles)
 
 
 def load(path: str | os.PathLike[str], *, strict: bool = True) -> Tokenizer:
-  """Reads a `tokenizer.json`.
+  """Reads a `tokenizer.json`, and the `tokenizer_config.json` beside it.
 
   Raises:
     FileNotFoundError: there is no such file.
-    DataError: the file is no tokenizer, or lacks `<s>` or `</s>`.
+    DataError: the file is no tokenizer, or lacks a token that has a role.
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
@@ -147,9 +186,44 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Tokenizer:
     reason = str(e).splitlines()[0]
     raise DataError(f'{path} is no tokenizer.json: {reason}') from e
   try:
-    return Tokenizer(inner, strict=strict)
+    return Tokenizer(inner, strict=strict, roles=_read_roles(path))
   except DataError as e:
     raise DataError(f'{path}: {e}') from e
+
+
+def _read_roles(path: str) -> Roles:
+  """Roles from the file beside a tokenizer.json; the usual ones without it.
+
+  Raises:
+    DataError: it is not readable.
+  """
+  beside, usual = pathlib.Path(path).with_name(ROLES), Roles()
+  if not beside.is_file():
+    return usual
+  try:
+    values = json.loads(beside.read_text(encoding='utf-8'))
+    bos, eos, pad = (
+        _token(values, f'{name}_token', getattr(usual, name))
+        for name in ('bos', 'eos', 'pad'))
+    adds = values.get('add_bos_token')
+    if adds is None:
+      adds = values.get('tokenizer_class') not in _NO_BOS
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise DataError(f'{beside} is no readable tokenizer configuration ({e!r})'
+                    ) from e
+  if eos is None:
+    raise DataError(f'{beside}: eos_token is null, but answers need an end')
+  return Roles(bos if adds else None, eos, pad)
+
+
+def _token(values: dict[str, Any], name: str, usual: str | None) -> str | None:
+  """A token's name, which stands as such or in an object; '' is unsaid."""
+  value = values.get(name, usual)
+  if isinstance(value, dict):
+    value = value['content']
+  if not isinstance(value, str | None):
+    raise TypeError(f'{name}={value!r}')
+  return usual if value == '' else value
 
 
 def word_level(texts: Iterable[str]) -> Tokenizer:
@@ -173,26 +247,6 @@ def word_level(texts: Iterable[str]) -> Tokenizer:
       decoders.Replace(tokenizers.Regex(' ?\n ?'), '\n'),
       *(decoders.Replace(f' {mark}', mark) for mark in ',.?!:;')])
   inner.add_special_tokens(list(WORD_LEVEL_SPECIALS))
-  return Tokenizer(inner)
-
-
-def llama_bpe(vocab: Sequence[str], merges: Sequence[tuple[str, str]]
-              ) -> Tokenizer:
-  """LLaMA's SentencePiece BPE as the `tokenizers` library writes it.
-
-  Args:
-    vocab: pieces by id; 0 `<unk>`, 1 `<s>`, 2 `</s>`, then `<0x00>` ...
-    merges: pairs of pieces, most urgent first.
-  """
-  inner = tokenizers.Tokenizer(models.BPE(
-      {piece: i for i, piece in enumerate(vocab)}, list(merges),
-      unk_token='<unk>', fuse_unk=True, byte_fallback=True))
-  inner.normalizer = normalizers.Sequence(
-      [normalizers.Prepend(_SPACE), normalizers.Replace(' ', _SPACE)])
-  inner.decoder = decoders.Sequence([
-      decoders.Replace(_SPACE, ' '), decoders.ByteFallback(), decoders.Fuse(),
-      decoders.Strip(' ', 1, 0)])
-  inner.add_special_tokens(['<unk>', '<s>', '</s>'])
   return Tokenizer(inner)
 
 
