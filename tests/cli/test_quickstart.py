@@ -49,6 +49,10 @@ def test_from_scratch_to_report_and_again(small, tmp_path, capsys):
   assert atp['kept_per_layer'][0] == 64 and len(atp['kept_per_layer']) == 8
   assert atp['layer_average_tokens'] == pytest.approx(
       sum(atp['kept_per_layer']) / 8)
+  kinds = [k for k in atp['by_kind'].values() if 'layer_average_tokens' in k]
+  assert len(kinds) == 6  # of the questions, not of their held-out part
+  assert sum(k['layer_average_tokens'] * k['n'] for k in kinds) == (
+      pytest.approx(atp['layer_average_tokens'] * sum(k['n'] for k in kinds)))
   assert rows['VoCo', 1]['kv_bytes'] < rows['VoCo', 8]['kv_bytes'] < (
       rows['full', 64]['kv_bytes'])
   assert all(r['n'] == atp['n'] for r in report['rows'])

@@ -286,7 +286,8 @@ def test_a_converted_file_answers(clip, tmp_path, capsys):
     assert tokenizer.bos_id == (256 if begin else None)
     capsys.readouterr()
     assert run('generate', '--checkpoint', tmp_path / f'to{begin}', '--image',
-               tmp_path / 'a.png', '--prompt', 'what <end>?',
+               tmp_path / 'a.png', '--prompt', 'what <end>?', '--template',
+               'short',
                '--max-new-tokens', 5) == 0
 
 

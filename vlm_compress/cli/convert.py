@@ -15,6 +15,7 @@ vocabulary in a GGUF file, becomes a tokenizer.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import pathlib
 
@@ -23,6 +24,8 @@ from vlm_compress.cli.progress import byte_progress
 from vlm_compress.config import PARAM_DTYPES, check
 from vlm_compress.convert import from_hf
 from vlm_compress.convert.files import TOKENIZER
+from vlm_compress.convert.processor import ASPECT_MODES
+from vlm_compress.data.templates import TEMPLATES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument('--num-voco-tokens', type=number(int, 1), default=2,
                  metavar='C', help='VoCo-LLaMA: tokens per image, which its '
                  'files do not say (%(default)s)')
+  p.add_argument('--template', choices=sorted(TEMPLATES),
+                 help='conversation template that it was trained with; '
+                 'vicuna_v1, or voco_v1 for VoCo-LLaMA, by default')
+  p.add_argument('--image-aspect-ratio', choices=ASPECT_MODES,
+                 help="how pictures become squares; the source's by default")
   p.add_argument('--seed', type=number(int, 0, MAX_SEED), default=0,
                  help='of a fresh projector (%(default)s)')
   return p
@@ -64,6 +72,10 @@ def main(argv: list[str]) -> int:
   plan = from_hf.make_plan(
       source, args.vision, projector=args.projector, dtype=args.dtype,
       num_voco_tokens=args.num_voco_tokens, allow_pickle=args.allow_pickle)
+  said = {'template': args.template,
+          'image_aspect_ratio': args.image_aspect_ratio}
+  plan = dataclasses.replace(plan, processor=dataclasses.replace(
+      plan.processor, **{k: v for k, v in said.items() if v is not None}))
   for note in plan.notes:
     print(f'note: {note}')
   if plan.fresh:

@@ -70,6 +70,10 @@ class Bench:
       row['kept_std_per_layer'] = answers.entering.std(0).tolist()
     if answers.module_keep.shape[1]:
       row['kept_counts'] = answers.module_keep.sum(-1).tolist()
+      kinds = np.asarray([q.turn.kind for q in self.questions])
+      for kind in sorted(set(kinds)):
+        row['by_kind'][kind]['layer_average_tokens'] = float(
+            answers.entering[kinds == kind].mean())
     return self._append(row)
 
   def question_only(self, train: Sequence[Example], seed: int

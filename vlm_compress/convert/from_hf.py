@@ -24,6 +24,7 @@ from vlm_compress.config import LlavaConfig, check, to_dict
 from vlm_compress.convert import hf_config, rules, vocabulary
 from vlm_compress.convert.files import CONFIG, WEIGHTS, abstract_params, new_directory
 from vlm_compress.convert.gguf_files import GgufFile
+from vlm_compress.convert.processor import Processor, save_processor
 from vlm_compress.convert.recognise import Found, recognise, with_voco
 from vlm_compress.convert.tensors import TensorFiles, TensorWriter
 from vlm_compress.models.llava import Llava, init_params
@@ -86,6 +87,7 @@ class Plan:
     notes: what a reader of the result should know.
     tokenizer: name -> text of tokenizer files that the source has in another
       form only.
+    processor: how text and pictures are prepared.
   """
   config: LlavaConfig
   pieces: list[Piece]
@@ -93,6 +95,7 @@ class Plan:
   fresh: list[str]
   notes: list[str]
   tokenizer: dict[str, str]
+  processor: Processor
 
 
 def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
@@ -142,7 +145,10 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
     pieces = list(_split_voco(pieces, config.text.vocab_size))
   _balance(pieces, found)
   fresh = _check_shapes(pieces, shapes, allow_fresh=not found.has_projector)
-  return Plan(config, pieces, shapes, fresh, [*found.notes, *notes], tokenizer)
+  processor = Processor('vicuna_v1' if config.voco is None else 'voco_v1',
+                        found.image_aspect_ratio)
+  return Plan(config, pieces, shapes, fresh, [*found.notes, *notes], tokenizer,
+              processor)
 
 
 def _tables(config: LlavaConfig) -> dict[str, tuple[list[rules.Rule], int]]:
@@ -248,6 +254,7 @@ def convert(plan: Plan, directory: pathlib.Path, *,
     for path, value in _fresh(plan, seed).items():
       writer.write(path, value)
     writer.close()
+    save_processor(work, plan.processor)
     (work / CONFIG).write_text(json.dumps(to_dict(plan.config), indent=1))
     for name, text in plan.tokenizer.items():
       (work / name).write_text(text, encoding='utf-8')

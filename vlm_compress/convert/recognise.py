@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from vlm_compress.config import ConfigError, LlavaConfig, VocoConfig, check
-from vlm_compress.convert import gguf_files, hf_config, rules
+from vlm_compress.convert import gguf_files, hf_config, preprocessor, rules
 from vlm_compress.convert.files import TOKENIZER
 from vlm_compress.convert.gguf_files import GgufFile
 from vlm_compress.convert.pickled import open_tensors
@@ -31,10 +31,12 @@ class Found:
     config: of the model, VoCo's row still in the vocabulary.
     parts: name in rules.PARTS -> its tensors and the prefix of its keys, for
       the parts that are there.
+    image_aspect_ratio: how its pictures become squares.
     notes: what a reader of the result should know.
   """
   config: LlavaConfig
   parts: dict[str, tuple[TensorFiles | GgufFile, str]]
+  image_aspect_ratio: str
   notes: list[str]
 
   @property
@@ -92,7 +94,29 @@ def recognise(source: pathlib.Path, vision: pathlib.Path | None,
                          text=hf_config.text_config(values, where))
     if projector is not None:
       config = _with_projector(projector, config, parts, allow_pickle, notes)
-  return Found(config, parts, notes)
+  mode = _aspect(source, vision, values, whole, config, notes)
+  return Found(config, parts, mode, notes)
+
+
+def _aspect(source: pathlib.Path, vision: pathlib.Path | None,
+            values: dict[str, Any], whole: bool, config: LlavaConfig,
+            notes: list[str]) -> str:
+  """How pictures become squares.
+
+  The original code says it in its config, Hugging Face's in a file of its own;
+  CLIP's own file is checked, but LLaVA-1.5 pads.
+  """
+  found = [preprocessor.aspect_mode(directory, config.vision.image_size)
+           for directory in (source, vision) if directory is not None]
+  if whole and hf_config.is_original(values):
+    return 'pad' if values.get('image_aspect_ratio') == 'pad' else 'crop'
+  if not whole or found[0] is None:
+    return 'pad'
+  if found[0] == 'crop':
+    notes.append(f"{source / preprocessor.PREPROCESSOR} crops pictures to their "
+                 'centre; LLaVA-1.5 itself was tuned and evaluated on padded '
+                 'ones: --image-aspect-ratio=pad')
+  return found[0]
 
 
 def _open(source: pathlib.Path, allow_pickle: bool
