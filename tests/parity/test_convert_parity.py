@@ -273,5 +273,5 @@ def test_half_precision_stays_as_it_is(dtype, tmp_path):
   # bfloat16 activations have 8 bits: 2 % of the largest logit, 0.9 % measured
   half = our_logits(tmp_path / 'ours', ids, pixels)
   off = np.abs(half - theirs).max() / np.abs(theirs).max()
-  print(f'{dtype}: off by {off:.4f} of the largest logit')
+  print(f'\nparity: {dtype}: off by {off:.4f} of the largest logit')
   assert off < 0.02

@@ -129,7 +129,7 @@ def decoder_params(inner, lm_head, config: TextConfig):
 
 def compare(name, ours, theirs, tolerance):
   ours, theirs = np.asarray(ours), np.asarray(theirs)
-  print(f'{name}: {np.abs(ours - theirs).max():.1e} of '
+  print(f'\nparity: {name}: {np.abs(ours - theirs).max():.1e} of '
         f'{np.abs(theirs).max():.1f}')
   np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 

@@ -132,8 +132,8 @@ def test_perplexity(ours, theirs):
       {'params': params}, text_batch(ids, config))[0][0], ids)
   with torch.no_grad():
     want = perplexity(theirs(torch.tensor([ids])).logits[0].numpy(), ids)
-  print(f'{len(ids)} tokens: perplexity {got:.6f}, transformers {want:.6f}, '
-        f'relative difference {abs(got / want - 1):.1e}')
+  print(f'\nparity: SmolLM2-135M, {len(ids)} tokens: perplexity {got:.6f}, '
+        f'transformers {want:.6f}, relative difference {abs(got / want - 1):.1e}')
   assert abs(got / want - 1) < PERPLEXITY
   assert 5 < want < 40  # it has learned English
 
