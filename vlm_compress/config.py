@@ -301,6 +301,10 @@ class LlavaConfig:
     check(self.projector_hidden_act in ('gelu', 'gelu_tanh'),
           f'projector_hidden_act={self.projector_hidden_act!r}: use gelu '
           '(exact) or gelu_tanh')
+    voco = self.voco_token_index
+    check(self.voco is None or voco != self.image_token_index and
+          not 0 <= voco < self.text.vocab_size, f'voco_token_index={voco} is '
+          'the id of a word or of an image; use one behind the vocabulary')
     check(self.dtype in DTYPES, f'dtype: use one of {DTYPES}')
     check(self.param_dtype in PARAM_DTYPES,
           f'param_dtype: use one of {PARAM_DTYPES}')
