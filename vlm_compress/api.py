@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vlm_compress.config import ConfigError, check
 from vlm_compress.convert import files
@@ -72,19 +73,24 @@ class Answer(NamedTuple):
   visual_tokens: np.ndarray | None
 
 
-def load(directory: str | os.PathLike, *, template: str | None = None) -> Vlm:
+def load(directory: str | os.PathLike, *, template: str | None = None,
+         mesh: Mesh | None = None) -> Vlm:
   """Reads a model directory.
 
   Args:
     directory: as `vlm-compress` train, quickstart or convert wrote it.
     template: conversation template, if not the one in processor.json.
+    mesh: devices that the parameters are spread over, each reading its shards
+      (`sharding.make_mesh`); None is the first device.
 
   Raises:
     ConfigError: a file of it is missing or damaged; the message names it.
   """
   config = files.load_config(directory)
   path = pathlib.Path(directory) / files.TOKENIZER
-  params = jax.tree.map(jnp.asarray, files.load_params(directory))
+  params = files.load_params(directory, mesh)
+  if mesh is None:
+    params = jax.tree.map(jnp.asarray, params)
   try:
     tokenizer = tokenizer_lib.load(path)
   except (FileNotFoundError, DataError) as error:
@@ -95,16 +101,18 @@ def load(directory: str | os.PathLike, *, template: str | None = None) -> Vlm:
           f'of {sorted(TEMPLATES)}')
     processor = (Processor(template) if processor is None else
                  dataclasses.replace(processor, template=template))
-  return Vlm(config, params, tokenizer, processor, str(directory))
+  ends = {tokenizer.eos_id, *files.generation_ends(directory)}
+  return Vlm(config, params, tokenizer, processor, str(directory), ends)
 
 
 def save(vlm: Vlm, directory: str | os.PathLike) -> None:
   """Writes a model directory; every file appears whole or not at all.
 
-  A model that is there already is replaced, file by file.
+  A model that is there already is replaced, config.json last.  Files of other
+  formats (chat template, generation settings) come from where `vlm` was loaded.
   """
   files.save_model(directory, vlm.params, vlm.config, vlm.tokenizer,
-                   processor=vlm.processor)
+                   processor=vlm.processor, copy_from=vlm.directory or None)
 
 
 def logits(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any] = (),
@@ -161,6 +169,14 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
       pictures, or a word that the tokenizer does not know.
     ConfigError: a setting, method or prompt that does not fit the model.
   """
+  for name, value, kinds in (('max_new_tokens', max_new_tokens, int),
+                             ('temperature', temperature, (int, float)),
+                             ('top_p', top_p, (int, float)), ('seed', seed, int)):
+    check(isinstance(value, kinds), f'{name}={value!r}: must be a number'
+          + ' without fraction' * (kinds is int))
+  check(isinstance(prompt, str) or isinstance(prompt, Sequence) and all(
+      isinstance(turn, Turn) for turn in prompt), f'prompt={prompt!r}: a '
+      'question, or a list of data.examples.Turn')
   check(max_new_tokens >= 1, f'max_new_tokens={max_new_tokens}: at least 1')
   check(temperature >= 0, f'temperature={temperature}: not negative')
   check(0 < top_p <= 1, f'top_p={top_p}: above 0 and at most 1')
@@ -177,7 +193,7 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
   count = min(max_new_tokens, room)
   for token in stream_lib.tokens(
       row.model, vlm.params, first, cache, max_new_tokens=count,
-      eos_id=vlm.tokenizer.eos_id, temperature=temperature, top_p=top_p,
+      end_ids=vlm.end_ids, temperature=temperature, top_p=top_p,
       seed=seed):
     ids.append(token)
     give(text.push(token))

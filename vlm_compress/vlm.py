@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,14 +49,20 @@ class Vlm:
     tokenizer: of the model.
     processor: how its text and pictures are prepared, None if unknown.
     directory: where it comes from, '' if from nowhere.
+    end_ids: tokens that end an answer; without any, the tokenizer's EOS.
   """
   config: LlavaConfig
   params: Any
   tokenizer: Tokenizer
   processor: Processor | None = None
   directory: str = ''
+  end_ids: Collection[int] = ()
   _features: dict[bytes, np.ndarray] = dataclasses.field(
       default_factory=dict, init=False, repr=False)
+
+  def __post_init__(self):
+    if not self.end_ids:
+      object.__setattr__(self, 'end_ids', {self.tokenizer.eos_id})
 
   @property
   def model(self) -> Llava:

@@ -48,7 +48,7 @@ def test_what_is_read(tmp_path):
     ({'size': {'height': 336, 'width': 336}}, ['size=', 'shortest_edge']),
     ({'size': {'shortest_edge': 224}}, ['224', '336']),
     ({'crop_size': {'height': 336, 'width': 300}}, ['crop_size', '300']),
-    ({'tiles': 4}, ['tiles', 'delete'])])
+    ({'tiles': 4}, ['tiles', 'NEUTRAL'])])
 def test_what_is_refused(tmp_path, change, words):
   with pytest.raises(ConfigError) as caught:
     mode(tmp_path, {**CLIP, **change})

@@ -48,9 +48,9 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument('--to', required=True, type=pathlib.Path, metavar='DIR')
   p.add_argument('--dtype', choices=PARAM_DTYPES,
                  help="of the parameters; the source's by default")
-  p.add_argument('--num-voco-tokens', type=number(int, 1), default=2,
-                 metavar='C', help='VoCo-LLaMA: tokens per image, which its '
-                 'files do not say (%(default)s)')
+  p.add_argument('--num-voco-tokens', type=number(int, 1), metavar='C',
+                 help='VoCo-LLaMA: tokens per image, which its files do not '
+                 'say (2)')
   p.add_argument('--template', choices=sorted(TEMPLATES),
                  help='conversation template that it was trained with; '
                  'vicuna_v1, or voco_v1 for VoCo-LLaMA, by default')

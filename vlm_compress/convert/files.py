@@ -1,4 +1,4 @@
-"""A model directory: model.safetensors, config.json, tokenizer.json.
+"""A model directory: model.safetensors, config.json, tokenizer.json, processor.json.
 
 What training hands to evaluation, generation and other machines.  Nothing in
 it can execute.
@@ -24,20 +24,23 @@ from jax.sharding import Mesh
 from vlm_compress import atomic, sharding
 from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
 from vlm_compress.convert.processor import PROCESSOR, Processor, save_processor
-from vlm_compress.convert.tensors import TensorFiles
+from vlm_compress.convert.tensors import FLOATS, TensorFiles
 from vlm_compress.models.llava import Llava, init_params
 
 WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
+GENERATION = 'generation_config.json'
 # Of other formats, kept beside the weights when they are there.
 TOKENIZER_FILES = (TOKENIZER, 'tokenizer.model', 'tokenizer_config.json',
                    'special_tokens_map.json', 'added_tokens.json',
-                   'preprocessor_config.json')
+                   'preprocessor_config.json', 'processor_config.json',
+                   'chat_template.json', 'chat_template.jinja', GENERATION)
 
 
 def save_model(directory: str | os.PathLike, params: dict[str, Any],
                config: LlavaConfig, tokenizer: Any,
                dtype: str | None = None,
-               processor: Processor | None = None) -> None:
+               processor: Processor | None = None,
+               copy_from: str | os.PathLike | None = None) -> None:
   """Writes a model directory; every file appears whole or not at all.
 
   Args:
@@ -47,13 +50,18 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
     tokenizer: anything with save(path).
     dtype: storage dtype of floating parameters; None keeps them.
     processor: how its text and pictures are prepared; None if unknown.
+    copy_from: directory whose files of other formats are copied, or None.
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   flat = {path: jnp.asarray(x, dtype or x.dtype) for path, x in flat.items()}
-  _replace(directory / WEIGHTS,
-           lambda path: safetensors.flax.save_file(flat, path))
+  with atomic.replace(directory / WEIGHTS) as temporary:
+    safetensors.flax.save_file(flat, str(temporary))
+    # the disk had room: from here on this is another model, and not yet whole
+    (directory / CONFIG).unlink(missing_ok=True)
+  if copy_from is not None and pathlib.Path(copy_from) != directory:
+    _copy(pathlib.Path(copy_from), directory)
   _replace(directory / TOKENIZER, tokenizer.save)
   (directory / PROCESSOR).unlink(missing_ok=True)  # perhaps of another model
   if processor is not None:
@@ -81,10 +89,32 @@ def new_directory(directory: pathlib.Path, copy_from: pathlib.Path | None
         and not any(directory.iterdir()), f'{directory} exists and is not '
         'empty; name another directory or delete it')
   with atomic.directory(directory) as work:
-    for name in TOKENIZER_FILES:
-      if copy_from is not None and (copy_from / name).is_file():
-        shutil.copyfile(copy_from / name, work / name)
+    if copy_from is not None:
+      _copy(copy_from, work)
     yield work
+
+
+def _copy(source: pathlib.Path, to: pathlib.Path) -> None:
+  for name in TOKENIZER_FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, to / name)
+
+
+def generation_ends(directory: str | os.PathLike) -> list[int]:
+  """Ids that end an answer, from generation_config.json; [] without one.
+
+  Raises:
+    ConfigError: it is not readable.
+  """
+  path = pathlib.Path(directory) / GENERATION
+  if not path.is_file():
+    return []
+  try:
+    found = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
+    found = [] if found is None else found
+    return [int(i) for i in (found if isinstance(found, list) else [found])]
+  except (ValueError, TypeError, AttributeError) as e:
+    raise ConfigError(f'{path}: no readable eos_token_id ({e!r})') from e
 
 
 def _replace(path: pathlib.Path, write) -> None:
@@ -109,6 +139,9 @@ def load_config(directory: str | os.PathLike) -> LlavaConfig:
                       'directory again') from e
   check(isinstance(values, dict), f'{path} holds a JSON '
         f'{type(values).__name__}; it must be an object of config fields')
+  check('model_type' not in values and 'architectures' not in values,
+        f'{path} is of a public checkpoint; turn it into a model directory '
+        'first: vlm-compress convert')
   try:
     return from_dict(values)
   except (ConfigError, TypeError) as e:
@@ -134,7 +167,7 @@ def load_params(directory: str | os.PathLike, mesh: Mesh | None = None
   tensors, config = TensorFiles(path), load_config(directory)
   boxed = abstract_params(config, with_vision=any(
       key.startswith('vision_tower/') for key in tensors.keys))
-  _check_shapes(tensors, config, path)
+  _check_tensors(tensors, nn.unbox(boxed), path)
   dtype = jnp.dtype(config.param_dtype)
   if mesh is None:
     flat = {name: tensors.read(name).astype(dtype, copy=False)
@@ -164,18 +197,19 @@ def _flat(tree: Any) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(tree, sep='/')
 
 
-def _check_shapes(tensors: TensorFiles, config: LlavaConfig,
-                  path: pathlib.Path) -> None:
+def _check_tensors(tensors: TensorFiles, tree: Any, path: pathlib.Path) -> None:
   """Compares weights with the parameters of a model; more do no harm.
 
   Raises:
-    ConfigError: a parameter is missing or has another shape.
+    ConfigError: a parameter is missing, has another shape, or is no float.
   """
-  tree = nn.unbox(abstract_params(config, with_vision=False))
   for name, leaf in _flat(tree).items():
     check(name in tensors.keys, f'{path} has no parameter {name}, which the '
           f'model in {CONFIG} beside it needs; write the model directory again')
     check(tensors.shape(name) == leaf.shape,
           f'{path}: parameter {name} has shape {tensors.shape(name)}, but the '
           f'model in {CONFIG} beside it needs {leaf.shape}; write the model '
+          'directory again')
+    check(tensors.dtype(name) in FLOATS, f'{path}: parameter {name} is stored '
+          f'as {tensors.dtype(name)}, which no weights are; write the model '
           'directory again')

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_compress.config import LlavaConfig, check, to_dict
+from vlm_compress.config import PARAM_DTYPES, LlavaConfig, check, to_dict
 from vlm_compress.convert import hf_config, rules, vocabulary
-from vlm_compress.convert.files import CONFIG, WEIGHTS, abstract_params, new_directory
+from vlm_compress.convert.files import CONFIG, GENERATION, WEIGHTS, abstract_params, new_directory
 from vlm_compress.convert.gguf_files import GgufFile
 from vlm_compress.convert.processor import Processor, save_processor
 from vlm_compress.convert.recognise import Found, recognise, with_voco
@@ -85,8 +85,8 @@ class Plan:
     shapes: our path -> shape, of all parameters.
     fresh: paths that no source has, which start at random (--llm, --vision).
     notes: what a reader of the result should know.
-    tokenizer: name -> text of tokenizer files that the source has in another
-      form only.
+    tokenizer: name -> text of files about tokens that the source has in
+      another form only.
     processor: how text and pictures are prepared.
   """
   config: LlavaConfig
@@ -100,7 +100,8 @@ class Plan:
 
 def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
               projector: pathlib.Path | None = None, dtype: str | None = None,
-              num_voco_tokens: int = 2, allow_pickle: bool = False) -> Plan:
+              num_voco_tokens: int | None = None, allow_pickle: bool = False
+              ) -> Plan:
   """Recognises a checkpoint from its files.
 
   Args:
@@ -110,7 +111,8 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
     projector: file, or directory, of a projector alone (LLaVA's first stage),
       for a language model.
     dtype: of the parameters; None keeps the source's.
-    num_voco_tokens: C for a checkpoint with a <voco> row, which does not say.
+    num_voco_tokens: C for a checkpoint with a <voco> row, which does not say
+      it; None is 2, its scripts' number.
     allow_pickle: also read PyTorch's files, as weights alone.
 
   Raises:
@@ -122,10 +124,14 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
   tokenizer = vocabulary.build(
       source, decoder.metadata if isinstance(decoder, GgufFile) else None,
       config.text.vocab_size + (config.voco is not None))
-  stored = dtype or found.stored_dtype()
-  config = dataclasses.replace(
+  if found.token_ids and not (source / GENERATION).is_file():
+    tokenizer[GENERATION] = json.dumps(found.token_ids, indent=1)
+  stored = found.stored_dtype(dtype)
+  check(stored in PARAM_DTYPES, f'{source}: weights are {stored}; say with '
+        f'--dtype which of {PARAM_DTYPES} the result should be')
+  config = dataclasses.replace(  # bfloat16 has fewer digits than float16
       config, param_dtype=stored,
-      dtype='float32' if stored == 'float32' else 'bfloat16')
+      dtype='bfloat16' if stored == 'bfloat16' else 'float32')
   shapes, pieces = parameter_shapes(config), []
   for part, (rows, layers) in _tables(config).items():
     if part in found.parts:

@@ -35,12 +35,23 @@ NEUTRAL = frozenset('''
   tune_mm_mlp_adapter freeze_mm_mlp_adapter unfreeze_mm_vision_tower
   mm_projector_lr mm_hidden_size max_sequence_length tokenizer_model_max_length
   tokenizer_padding_side image_grid_pinpoints use_mm_proj mm_vision_tower
-  pretrain_mm_mlp_adapter mm_resampler_type
+  pretrain_mm_mlp_adapter mm_resampler_type freeze_mm_vision_resampler
+  tune_mm_vision_resampler is_llama_config auto_map id2label label2id
+  add_cross_attention cross_attention_hidden_size chunk_size_feed_forward
+  bad_words_ids begin_suppress_tokens suppress_tokens diversity_penalty
+  early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+  finetuning_task forced_bos_token_id forced_eos_token_id is_encoder_decoder
+  length_penalty min_length no_repeat_ngram_size num_beam_groups
+  num_return_sequences output_scores prefix problem_type remove_invalid_values
+  return_dict_in_generate task_specific_params tf_legacy_loss
+  tie_encoder_decoder tokenizer_class torchscript typical_p use_bfloat16
+  logit_scale_init_value vision_config_dict text_config_dict
 '''.split())
 # Fields that must have one of the values that this code implements.
 FIXED: dict[str, tuple[Any, ...]] = {
     'hidden_act': ('silu',), 'mlp_bias': (False,), 'rope_scaling': (None,),
-    'partial_rotary_factor': (1.0,),
+    'partial_rotary_factor': (1.0,), 'rope_interleaved': (False,),
+    'pruned_heads': ({},),
     'sliding_window': (None,), 'use_sliding_window': (False,),
     'num_channels': (3,), 'multimodal_projector_bias': (True,),
     'mm_projector_type': ('mlp2x_gelu',), 'mm_use_im_start_end': (False,),
@@ -79,9 +90,18 @@ class _Reader:
     self.values, self.where = dict(values), where
 
   def take(self, names: dict[str, Any]) -> dict[str, Any]:
-    """Fields by name, each with its default."""
-    return {name: self.values.pop(name, default)
-            for name, default in names.items()}
+    """Fields by name, each with its default; null is the default, too.
+
+    Raises:
+      ConfigError: a value of another type than the default's.
+    """
+    out = {}
+    for name, default in names.items():
+      value = self.values.pop(name, None)
+      out[name] = default if value is None else value
+      if default is not None:
+        _check_type(name, out[name], default, self.where)
+    return out
 
   def end(self) -> None:
     """Raises for a field that is neither read, neutral, nor as implemented."""
@@ -92,8 +112,16 @@ class _Reader:
               f'{" or ".join(map(repr, FIXED[name]))}')
       else:
         check(name in NEUTRAL, f'{self.where}: the field {name}={value!r} is '
-              'unknown and might change the numbers; if it does not, delete it '
-              'from the file')
+              'unknown and might change the numbers; only what is known to be '
+              'harmless is read over: see convert/hf_config.py, NEUTRAL')
+
+
+def _check_type(name: str, value: Any, default: Any, where: str) -> None:
+  kind = float if isinstance(default, float) else type(default)
+  kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+  check(isinstance(value, kinds) and
+        isinstance(value, bool) == isinstance(default, bool), f'{where}: '
+        f'{name}={value!r} is no {kind.__name__}')
 
 
 def text_config(values: dict[str, Any], where: str) -> TextConfig:
@@ -113,14 +141,13 @@ def text_config(values: dict[str, Any], where: str) -> TextConfig:
   reader = _Reader(values, where)
   defaults = {'vocab_size': 32000, 'hidden_size': 4096,
               'intermediate_size': 11008, 'num_hidden_layers': 32,
-              'num_attention_heads': 32, 'num_key_value_heads': None,
-              'head_dim': None, 'tie_word_embeddings': False,
+              'num_attention_heads': 32, 'num_key_value_heads': 0,
+              'head_dim': 0, 'tie_word_embeddings': False,
               'initializer_range': 0.02,
               **(QWEN2 if kind == 'qwen2' else LLAMA)}
   fields = reader.take(defaults)
-  if fields['num_key_value_heads'] is None:
-    fields['num_key_value_heads'] = fields['num_attention_heads']
-  fields['head_dim'] = fields['head_dim'] or 0
+  fields['num_key_value_heads'] = (fields['num_key_value_heads'] or
+                                   fields['num_attention_heads'])
   bias = reader.take({'attention_bias': False})['attention_bias']
   check(not bias, f'{where}: attention_bias=True puts a bias on o_proj, too, '
         'which is not supported; Qwen2 has none there')
@@ -130,7 +157,7 @@ def text_config(values: dict[str, Any], where: str) -> TextConfig:
     check(not values.get('use_sliding_window'), f'{where}: '
           'use_sliding_window=True is not supported')
     reader.take({'sliding_window': None, 'max_window_layers': None})
-    layers = reader.take({'layer_types': None})['layer_types'] or ()
+    layers = reader.take({'layer_types': ()})['layer_types']
     check(set(layers) <= {'full_attention'}, f'{where}: layer_types={layers} '
           'are not supported; only full_attention')
   reader.end()
@@ -139,15 +166,17 @@ def text_config(values: dict[str, Any], where: str) -> TextConfig:
 
 def _rope_theta(reader: _Reader) -> float:
   """rope_theta, at its old place or its new one; other RoPEs raise."""
-  scaling = reader.take({'rope_scaling': None})['rope_scaling']
-  new = reader.take({'rope_parameters': None})['rope_parameters'] or {}
-  for name, found in (('rope_scaling', scaling or {}), ('rope_parameters', new)):
+  scaling = reader.take({'rope_scaling': {}})['rope_scaling']
+  new = reader.take({'rope_parameters': {}})['rope_parameters']
+  for name, found in (('rope_scaling', scaling), ('rope_parameters', new)):
     kind = found.get('rope_type', found.get('type', 'default'))
     extra = sorted(set(found) - {'rope_type', 'type', 'rope_theta'})
     check(kind == 'default' and not extra, f'{reader.where}: {name}={found} '
           'is not supported; only the default RoPE')
   old = reader.take({'rope_theta': 10000.0})['rope_theta']
-  return float(new.get('rope_theta', old))
+  theta = new.get('rope_theta', old)
+  _check_type('rope_theta', theta, 1.0, reader.where)
+  return float(theta)
 
 
 def vision_config(values: dict[str, Any], where: str) -> VisionConfig:
@@ -161,10 +190,13 @@ def vision_config(values: dict[str, Any], where: str) -> VisionConfig:
         f'only {" and ".join(VISION_TYPES)}')
   if kind == 'clip':
     values = values.get('vision_config') or {}
+    _check_type('vision_config', values, {}, where)
   reader = _Reader(values, where)
   fields = reader.take({**CLIP, 'layer_norm_eps': 1e-5,
                         'hidden_act': 'quick_gelu'})
-  reader.take({'initializer_range': None})
+  # of the text half, in files that dump everything
+  reader.take({'initializer_range': None, 'vocab_size': None,
+               'tie_word_embeddings': None})
   reader.end()
   return VisionConfig(**fields)
 
@@ -202,22 +234,22 @@ def llava_config(values: dict[str, Any], where: str,
         vision=vision, text=text_config(reader.values, where),
         vision_feature_layer=taken['mm_vision_select_layer'],
         vision_feature_select_strategy=select[feature])
+  several = values.get('vision_feature_layer')
+  check(not isinstance(several, list), f'{where}: vision_feature_layer='
+        f'{several!r}: several layers are not supported; one number')
   fields = reader.take({'vision_feature_layer': -2,
                         'vision_feature_select_strategy': 'default',
                         'projector_hidden_act': 'gelu'})
-  check(isinstance(fields['vision_feature_layer'], int), f'{where}: '
-        f'vision_feature_layer={fields["vision_feature_layer"]!r}: several '
-        'layers are not supported; one number')
-  inner = reader.take({'text_config': None, 'vision_config': None,
-                       'tie_word_embeddings': None, 'image_token_index': None,
-                       'image_token_id': None, 'vocab_size': None})
+  inner = reader.take({'text_config': {}, 'vision_config': {},
+                       'tie_word_embeddings': False, 'image_token_index': 0,
+                       'image_token_id': 0, 'vocab_size': None})
   reader.end()
   index = inner['image_token_id'] or inner['image_token_index'] or 32000
-  text = dict(inner['text_config'] or {})
+  text = dict(inner['text_config'])
   if inner['tie_word_embeddings']:  # the flag stands at either place
     text['tie_word_embeddings'] = True
   tower = inner['vision_config']
-  if tower is None:  # the defaults of LLaVA, not of CLIP
+  if not tower:  # the defaults of LLaVA, not of CLIP
     tower = {'hidden_size': 1024, 'intermediate_size': 4096, 'image_size': 336,
              'patch_size': 14, 'num_hidden_layers': 24,
              'num_attention_heads': 16}

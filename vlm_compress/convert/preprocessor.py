@@ -71,7 +71,8 @@ def aspect_mode(directory: pathlib.Path, image_size: int) -> str | None:
   cropped = _side(values.pop('crop_size', size), path, 'crop_size')
   unknown = sorted(set(values) - NEUTRAL)
   check(not unknown, f'{path}: the field {unknown[:1]} is unknown and might '
-        'change the pictures; if it does not, delete it from the file')
+        'change the pictures; see NEUTRAL in convert/preprocessor.py for what '
+        'is read over')
   check(size == cropped == image_size, f'{path}: size {size} and crop_size '
         f'{cropped}, but the tower reads {image_size} pixels')
   check(pad or crop, f'{path}: neither do_pad nor do_center_crop; the result '

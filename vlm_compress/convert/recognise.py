@@ -15,9 +15,10 @@ from vlm_compress.convert import gguf_files, hf_config, preprocessor, rules
 from vlm_compress.convert.files import TOKENIZER
 from vlm_compress.convert.gguf_files import GgufFile
 from vlm_compress.convert.pickled import open_tensors
-from vlm_compress.convert.tensors import TensorFiles
+from vlm_compress.convert.tensors import FLOATS, TensorFiles
 
 VOCO_TOKEN = '<voco>'
+SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 # Names of the file that LLaVA's first stage leaves.
 PROJECTOR_FILES = ('mm_projector.safetensors', 'mm_projector.bin')
 _PROJECTORS = ('projector', 'original projector')
@@ -33,11 +34,13 @@ class Found:
       the parts that are there.
     image_aspect_ratio: how its pictures become squares.
     notes: what a reader of the result should know.
+    token_ids: of BOS, EOS and padding, where config.json has them.
   """
   config: LlavaConfig
   parts: dict[str, tuple[TensorFiles | GgufFile, str]]
   image_aspect_ratio: str
   notes: list[str]
+  token_ids: dict[str, Any]
 
   @property
   def sources(self) -> list[TensorFiles | GgufFile]:
@@ -49,14 +52,26 @@ class Found:
     """Else it starts at random."""
     return any(name in self.parts for name in _PROJECTORS)
 
-  def stored_dtype(self) -> str:
+  def stored_dtype(self, wanted: str | None) -> str:
     """The one floating dtype of the weights; none is rounded unasked.
 
+    Args:
+      wanted: what the user says that it should become, or None.
+
     Raises:
-      ConfigError: there are several.
+      ConfigError: there are several, or a tensor holds no numbers of that kind.
     """
-    found = sorted({source.dtype(key) for source in self.sources
-                    for key in source.keys if not key.endswith(rules.LEFT_OUT)})
+    found = set()
+    for source in self.sources:
+      for key in source.keys:
+        if not key.endswith(rules.LEFT_OUT):
+          found.add(source.dtype(key))
+          check(source.dtype(key) in FLOATS, f'{source.where}: {key} is stored '
+                f'as {source.dtype(key)}, which no weights are; only '
+                f'{", ".join(FLOATS)}')
+    if wanted is not None:
+      return wanted
+    found = sorted(found)
     where = ' and '.join(str(source.where) for source in self.sources)
     check(len(found) == 1, f'{where}: weights are {" and ".join(found)}; say '
           'with --dtype what the result should be')
@@ -75,6 +90,8 @@ def recognise(source: pathlib.Path, vision: pathlib.Path | None,
   check('decoder' in parts or not _has_projector(parts), f'{source} holds a '
         'projector alone: give it with --projector, and its language model and '
         'tower with --llm and --vision')
+  check('text' not in values or 'vision' not in values, f'{source} is a model '
+        'directory already; vlm-compress export writes it in another format')
   check('decoder' in parts, f'{source}: no decoder; a key that ends in '
         'embed_tokens.weight is missing')
   whole = _has_projector(parts)
@@ -95,7 +112,9 @@ def recognise(source: pathlib.Path, vision: pathlib.Path | None,
     if projector is not None:
       config = _with_projector(projector, config, parts, allow_pickle, notes)
   mode = _aspect(source, vision, values, whole, config, notes)
-  return Found(config, parts, mode, notes)
+  said = {**(values.get('text_config') or {}), **values}
+  ids = {name: said[name] for name in SPECIAL_IDS if said.get(name) is not None}
+  return Found(config, parts, mode, notes, ids)
 
 
 def _aspect(source: pathlib.Path, vision: pathlib.Path | None,
@@ -223,31 +242,39 @@ def token_id(directory: pathlib.Path, token: str) -> int | None:
   return None
 
 
-def with_voco(config: LlavaConfig, source: pathlib.Path, count: int
+def with_voco(config: LlavaConfig, source: pathlib.Path, count: int | None
               ) -> tuple[LlavaConfig, list[str]]:
-  """VoCo-LLaMA's vocabulary is ours plus one row at the end.
+  """VoCo-LLaMA's vocabulary is ours plus one row, and perhaps padding.
 
   Args:
     config: with the row in its vocabulary.
     source: where the tokenizer files are.
-    count: C, which the files do not say.
+    count: C, which the files do not say; None is 2.
 
   Returns:
     The config and what to tell the user.
 
   Raises:
-    ConfigError: the row is not the last one.
+    ConfigError: a count is given and there is no such row, or the table is too
+      short for it.
   """
   index, rows = token_id(source, VOCO_TOKEN), config.text.vocab_size
+  check(index is not None or count is None, f'{source}: --num-voco-tokens, but '
+        f'no tokenizer file there names {VOCO_TOKEN}; VoCo-LLaMA has an '
+        f'added_tokens.json with {{"{VOCO_TOKEN}": 32000}}')
   if index is None:  # a placeholder that is no word's id, nor an image's
     return dataclasses.replace(config, voco_token_index=max(
         rows, config.image_token_index + 1)), []
-  check(index == rows - 1, f'{source}: {VOCO_TOKEN} has id {index}, but '
-        f'the vocabulary has {rows} rows; it must be the last one')
+  check(index < rows, f'{source}: {VOCO_TOKEN} has id {index}, but the '
+        f'vocabulary has {rows} rows')
+  count = 2 if count is None else count
   config = dataclasses.replace(
       config, voco_token_index=index,
       text=dataclasses.replace(config.text, vocab_size=rows - 1),
       voco=VocoConfig(num_voco_tokens=count))
+  behind = rows - 1 - index
   return config, [f'{VOCO_TOKEN} (id {index}) became voco_embedding, with '
                   f'{count} tokens per image; its row of lm_head is left out: '
-                  'it is never an answer']
+                  'it is never an answer' + (
+                      f'; {behind} rows of padding behind it are, too'
+                      if behind else '')]

@@ -23,6 +23,7 @@ INDEX = 'model.safetensors.index.json'
 # Names of dtypes in a safetensors file.
 DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16',
           'F64': 'float64', 'I64': 'int64', 'I32': 'int32'}
+FLOATS = ('float64', 'float32', 'float16', 'bfloat16')
 _CODES = {name: code for code, name in DTYPES.items()}
 
 
@@ -156,9 +157,13 @@ def pickles_in(where: pathlib.Path) -> list[pathlib.Path]:
   """PyTorch's pickles, where there are no safetensors beside them."""
   if where.is_file():
     return [where] * (where.suffix in ('.bin', '.pt', '.pth'))
+  shards = sorted(where.glob('pytorch_model*.bin'))
+  done = [path for path in shards if path.with_suffix('.safetensors').exists()]
+  if 0 < len(done) < len(shards):  # somebody is turning them, one by one
+    return shards
   if [*where.glob('*.safetensors')]:
     return []
-  return sorted(where.glob('pytorch_model*.bin')) or sorted(where.glob('*.bin'))
+  return shards or sorted(where.glob('*.bin'))
 
 
 def _safetensors(where: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
@@ -169,13 +174,14 @@ def _safetensors(where: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
   """
   pickles = pickles_in(where)
   if pickles:
-    bin_file, new = pickles[0], pickles[0].with_suffix('.safetensors')
+    names = [str(path) for path in pickles]
     raise ConfigError(
-        f'{bin_file} is a pickle, which may hold programs and is not opened '
+        f'{names[0]} is a pickle, which may hold programs and is not opened '
         'unasked: where you trust it, give --allow-pickle, or turn it into '
         'safetensors: python -c "import torch, safetensors.torch as s; '
-        "s.save_file({k: v.clone() for k, v in torch.load("
-        f"'{bin_file}', weights_only=True).items()}}, '{new}')\"")
+        "[s.save_file({k: v.clone() for k, v in torch.load(f, "
+        "weights_only=True).items()}, f.rsplit('.', 1)[0] + '.safetensors') "
+        f'for f in {names}]"')
   found = files_of(where, INDEX, '*.safetensors')
   check(bool(found), f'{where} has no *.safetensors')
   return found

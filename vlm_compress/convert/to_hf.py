@@ -22,7 +22,7 @@ from vlm_compress.convert.files import WEIGHTS, load_config, new_directory
 from vlm_compress.convert.from_hf import parameter_shapes
 from vlm_compress.convert.preprocessor import PREPROCESSOR, values_for
 from vlm_compress.convert.processor import Processor, load_processor
-from vlm_compress.convert.tensors import TensorFiles, TensorWriter
+from vlm_compress.convert.tensors import FLOATS, TensorFiles, TensorWriter
 
 ADAPTERS = 'vlm_compress_adapters.safetensors'
 _TABLES = ('embed_tokens.weight', 'weight')  # of decoder and head: words first
@@ -78,6 +78,8 @@ def make_plan(directory: pathlib.Path) -> Plan:
     check(path in source.keys, f'{directory / WEIGHTS} has no {path}; a model '
           'trained on frozen features has no vision tower: convert one and '
           'train from there')
+    check(source.dtype(path) in FLOATS, f'{directory / WEIGHTS}: {path} is '
+          f'stored as {source.dtype(path)}, which no weights are')
     check(source.shape(path) == shape, f'{directory / WEIGHTS}: {path} has '
           f'shape {source.shape(path)}, its config.json says {shape}')
   rows, index = ours.text.vocab_size, ours.image_token_index
@@ -101,13 +103,13 @@ def make_plan(directory: pathlib.Path) -> Plan:
         shape = (shape[0] + extra, *shape[1:])
       specs[key] = (shape, ours.param_dtype)
     pieces |= found
-  adapters = sorted(set(shapes) - {path for path, _, _ in pieces.values()})
   where = rules.PARTS['tower']
   for key, target in rules.expand(rules.CARRIED, where.prefixes[0], where.root,
                                   0).items():
     specs[key] = ((config.vision.hidden_size,), ours.param_dtype)
     if target[0] in source.keys:
       pieces[key] = target
+  adapters = sorted(set(source.keys) - {path for path, _, _ in pieces.values()})
   return Plan(source, config, pieces, specs, extra, adapters,
               load_processor(directory))
 

@@ -30,8 +30,9 @@ from vlm_compress.data.errors import DataError
 WORD_LEVEL_SPECIALS = ('<pad>', '<s>', '</s>', '<unk>')
 _WORD = r'\n|\w+|[^\w\s]'
 ROLES = 'tokenizer_config.json'
-# Classes of transformers that put no BOS in front unless the file says so.
-_NO_BOS = ('GPT2Tokenizer', 'GPT2TokenizerFast')
+# Classes of transformers that put BOS in front unless the file says otherwise;
+# the others do what the post-processor in tokenizer.json does.
+_BOS_FIRST = ('LlamaTokenizer', 'LlamaTokenizerFast')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +155,14 @@ class Tokenizer:
     """Writes a `tokenizer.json`, all or nothing.
 
     Tokens with other names than `<s>` and `</s>` are written to the
-    `tokenizer_config.json` beside it.
+    `tokenizer_config.json` beside it, whose other fields stay.
     """
     write_text(path, self._json)
     beside = pathlib.Path(path).with_name(ROLES)
     if self._roles != Roles() or beside.exists():
+      others = json.loads(beside.read_text()) if beside.exists() else {}
       write_text(beside, json.dumps({
-          'bos_token': self._roles.bos, 'eos_token': self._roles.eos,
+          **others, 'bos_token': self._roles.bos, 'eos_token': self._roles.eos,
           'pad_token': self._roles.pad,
           'add_bos_token': self._roles.bos is not None}, indent=1))
 
@@ -186,12 +188,12 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Tokenizer:
     reason = str(e).splitlines()[0]
     raise DataError(f'{path} is no tokenizer.json: {reason}') from e
   try:
-    return Tokenizer(inner, strict=strict, roles=_read_roles(path))
+    return Tokenizer(inner, strict=strict, roles=_read_roles(path, inner))
   except DataError as e:
     raise DataError(f'{path}: {e}') from e
 
 
-def _read_roles(path: str) -> Roles:
+def _read_roles(path: str, inner: tokenizers.Tokenizer) -> Roles:
   """Roles from the file beside a tokenizer.json; the usual ones without it.
 
   Raises:
@@ -206,14 +208,15 @@ def _read_roles(path: str) -> Roles:
         _token(values, f'{name}_token', getattr(usual, name))
         for name in ('bos', 'eos', 'pad'))
     adds = values.get('add_bos_token')
-    if adds is None:
-      adds = values.get('tokenizer_class') not in _NO_BOS
+    kind = values.get('tokenizer_class')
+    if adds is None and kind is not None and kind not in _BOS_FIRST:
+      adds = bos in inner.encode('', add_special_tokens=True).tokens
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise DataError(f'{beside} is no readable tokenizer configuration ({e!r})'
                     ) from e
   if eos is None:
     raise DataError(f'{beside}: eos_token is null, but answers need an end')
-  return Roles(bos if adds else None, eos, pad)
+  return Roles(bos if adds is None or adds else None, eos, pad)
 
 
 def _token(values: dict[str, Any], name: str, usual: str | None) -> str | None:

@@ -21,7 +21,9 @@ def sample(logits: jax.Array, key: jax.Array, temperature: float = 0.0,
   """
   if temperature == 0.0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / temperature
+  # the largest is 0, so that no temperature makes infinities of them
+  logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(
+      temperature, 1e-6)
   if top_p < 1.0:
     order = jnp.sort(logits, axis=-1, descending=True)
     probs = jax.nn.softmax(order, axis=-1)

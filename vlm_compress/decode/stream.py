@@ -9,7 +9,7 @@ prompts that are padded to few lengths share them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ def prefill_compressed(model: Llava, params: Any, text: Batch,
 
 
 def tokens(model: Llava, params: Any, logits: jax.Array, cache: KVCache, *,
-           max_new_tokens: int, eos_id: int, temperature: float = 0.0,
+           max_new_tokens: int, end_ids: Collection[int], temperature: float = 0.0,
            top_p: float = 1.0, seed: int = 0) -> Iterator[int]:
   """Generates behind a prefilled prompt of one row.
 
@@ -72,7 +72,7 @@ def tokens(model: Llava, params: Any, logits: jax.Array, cache: KVCache, *,
     cache: of the prompt, with max_new_tokens - 1 free slots or more; it is
       used up.
     max_new_tokens: longest answer.
-    eos_id: ends the answer, and is not given out.
+    end_ids: each ends the answer, and is not given out.
     temperature, top_p, seed: see `generate`.
 
   Yields:
@@ -82,7 +82,7 @@ def tokens(model: Llava, params: Any, logits: jax.Array, cache: KVCache, *,
   token = _first(logits, key, temperature, top_p)
   for step in range(1, max_new_tokens + 1):
     value = int(token[0])
-    if value == eos_id:
+    if value in end_ids:
       return
     yield value
     if step < max_new_tokens:
