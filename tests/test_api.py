@@ -232,7 +232,7 @@ def test_the_end_of_the_answer(vlms, pictures):
     def __init__(self):
       self.__dict__.update(TOKENIZER.__dict__)
       self.eos_id = want.token_ids[last]
-  got = api.generate(dataclasses.replace(vlm, tokenizer=Stops()), QUESTION,
+  got = api.generate(dataclasses.replace(vlm, tokenizer=Stops(), end_ids=()), QUESTION,
                      pictures[:1], max_new_tokens=COUNT)
   assert got.token_ids == want.token_ids[:last] and got.ended == 'eos'
 

@@ -163,7 +163,7 @@ def compress_image(vlm: Vlm, image: Any, num_voco_tokens: int | None = None
     ConfigError: the model has no VoCo tokens, or fewer than that.
   """
   vlm.method('voco')
-  count = _num_voco_tokens(vlm, num_voco_tokens)
+  count = voco_count(vlm.config, num_voco_tokens)
   # What a compressed image has seen is the same in all templates.
   row = prompt_row('', 1, vlm.tokenizer, vlm.config, 'short', count)
   segment = _split(row, vlm.config, 1).segment_ids
@@ -201,7 +201,7 @@ def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
   if method == 'voco' and images:
     if num_voco_tokens is None and given:
       num_voco_tokens = given[0].num_voco_tokens
-    count = _num_voco_tokens(vlm, num_voco_tokens)
+    count = voco_count(vlm.config, num_voco_tokens)
     check(all(i.num_voco_tokens == count for i in given),
           f'the compressed images have {[i.num_voco_tokens for i in given]} '
           f'VoCo tokens, but this prompt has {count} for each')
@@ -252,8 +252,13 @@ def _padded(size: int) -> int:
   return -(-size // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def _num_voco_tokens(vlm: Vlm, count: int | None) -> int:
-  trained = vlm.config.voco.num_voco_tokens
+def voco_count(config: LlavaConfig, count: int | None) -> int:
+  """C: what is asked for, or what the model was trained with.
+
+  Raises:
+    ConfigError: more than that, or none.
+  """
+  trained = config.voco.num_voco_tokens
   check(count is None or 1 <= count <= trained, f'num_voco_tokens={count}: '
         f'the model was made for 1 to {trained}')
   return trained if count is None else count

@@ -170,3 +170,19 @@ def test_a_compressed_image_is_independent_of_its_neighbours():
   np.testing.assert_array_equal(after.values[:, 1, 2:],
                                 before.values[:, 1, 2:])
   assert np.abs(after.values[:, 1, :2] - before.values[:, 1, :2]).max() > 1e-3
+
+
+def test_in_a_mixed_batch_rows_without_voco_tokens_are_causal():
+  """Also those with an image."""
+  config = CONFIGS['plain']
+  samples = (SAMPLES[0], Sample((BOS, helpers.IMAGE, 8, 9, 10), 4, seed=5),
+             SAMPLES[2])
+  batch = helpers.batch(samples, config, length=60, num_images=2)
+  model, params = helpers.build(config)
+  run = jax.jit(lambda mask: model.apply({'params': params}, batch, mask=mask)[0],
+                static_argnums=0)
+  masked, causal = run('voco'), run('causal')
+  valid = np.asarray(batch.valid)
+  for row, same in ((0, False), (1, True), (2, True)):
+    gap = np.abs(masked[row] - causal[row])[valid[row]].max()
+    assert (gap < 1e-5) == same, (row, gap)

@@ -25,7 +25,7 @@ from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.report import print_table, write_report
-from vlm_compress.vlm import own_method
+from vlm_compress.vlm import own_method, voco_count
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,10 +95,10 @@ def alone(bench, model, params, method, args) -> None:
               budget=float(count))
   elif method == 'atp':
     check(model.atp is not None, f'{args.checkpoint} has no ATP modules')
-    bench.run(Method('ATP', model, params, seed=args.seed))
+    bench.run(Method(results.label(model), model, params, seed=args.seed))
   else:
     plain = dataclasses.replace(model, voco=None, atp=None)
-    bench.run(Method('full', plain, params, seed=args.seed))
+    bench.run(Method(results.label(plain), plain, params, seed=args.seed))
 
 
 def beside_floors(bench, model, params, method, args) -> None:
@@ -112,7 +112,14 @@ def beside_floors(bench, model, params, method, args) -> None:
                                _num_voco(model, method, args), args.seed)
   elif method == 'atp':
     check(model.atp is not None, f'{args.checkpoint} has no ATP modules')
+    check(model.atp.selector == 'adaptive', f'{args.checkpoint} selects by '
+          f'{model.atp.selector}: it is a floor itself; leave out --reference')
     results.atp_rows(bench, base, base_params, model, params, args.seed)
+  else:
+    check(model.resampler != 'none', f'{args.checkpoint} is not compressed, as '
+          '--reference is; leave one of them out')
+    plain = dataclasses.replace(model, voco=None, atp=None)
+    bench.run(Method(results.label(plain), plain, params, seed=args.seed))
   results.relate(bench.rows, full, bounds)
 
 
@@ -120,5 +127,4 @@ def _num_voco(model, method, args) -> int:
   if method != 'voco':
     return 0
   check(model.voco is not None, f'{args.checkpoint} has no VoCo tokens')
-  return (model.voco.num_voco_tokens if args.num_voco_tokens is None
-          else args.num_voco_tokens)
+  return voco_count(model, args.num_voco_tokens)

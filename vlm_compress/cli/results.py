@@ -140,6 +140,16 @@ class Bench:
     return row
 
 
+def label(model: LlavaConfig) -> str:
+  """What a model without VoCo tokens is called in a report."""
+  if model.atp is not None:
+    return {'random': 'random', 'uniform': 'uniform grid',
+            'fixed': 'ATP scores, fixed count',
+            'adaptive': 'ATP'}[model.atp.selector]
+  return {'none': 'full', 'avg_pool': 'average pooling', 'qformer': 'Q-Former',
+          'avg_pool_linear': 'average pooling + linear'}[model.resampler]
+
+
 def difference(row: dict[str, Any], other: dict[str, Any],
                images: Sequence[int]) -> dict[str, Any]:
   """Paired difference in accuracy of two rows with `correct`.

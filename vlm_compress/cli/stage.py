@@ -87,6 +87,11 @@ def bridge(config: ConfigDict) -> Stage:
   rows = dict(values['rows'])
   rows['kinds'] = tuple(sorted(rows.get('kinds', {}).items()))
   ev = values['eval']
+  unknown = sorted(set(ev) - {'per_kind', 'num_test', 'headline'})
+  check(not unknown, f'unknown config field(s) {unknown} in config.eval; known: '
+        'headline, num_test, per_kind')
+  for kind, count in ev.get('per_kind', {}).items():
+    check(count >= 0, f'config.eval.per_kind.{kind}={count}: not negative')
   try:
     stage = Stage(
         model=values['model'], data=_dataclass(DataSpec, data, 'data'),

@@ -179,12 +179,7 @@ def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, known,
     if not distilled:  # else the floors stand beside VoCo already
       results.input_floors(bench, *base, count, seed)
   else:
-    label = {'random': 'random', 'uniform': 'uniform grid',
-             'fixed': 'ATP scores, fixed count', 'adaptive': 'ATP'}.get(
-                 model.atp.selector if model.atp else '', None)
-    label = label or {'avg_pool': 'average pooling', 'qformer': 'Q-Former',
-                      'avg_pool_linear': 'average pooling + linear'}[
-                          model.resampler]
+    label = results.label(model)
     if stage.recipe.trainable:
       label += ', frozen decoder'
     bench.run(Method(label, model, params, seed=seed), key='ATP')
@@ -235,7 +230,10 @@ def finish(rows: list[dict[str, Any]], images: list[int]) -> None:
       if role_of(row['method']) != 'method':
         continue
       row['differences'] = {}
-      for other in mine:
+      # of floors made for two budgets that are close, the nearer ones
+      near = sorted(mine, key=lambda other: -abs(
+          other['layer_average_tokens'] - row['layer_average_tokens']))
+      for other in near:
         if other is not row and role_of(other['method']) in (
             'method', 'floor') and same_budget(
                 row['layer_average_tokens'], other['layer_average_tokens']):

@@ -10,6 +10,7 @@ with the same --workdir and it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import inspect
 import pathlib
@@ -22,7 +23,16 @@ from rich.console import Console
 from vlm_compress.cli.arguments import Parser
 from vlm_compress.cli.stage import bridge, run_stage
 from vlm_compress.cli.workspace import open_split
-from vlm_compress.config import ConfigError, check
+from vlm_compress.config import (
+  AtpConfig,
+  ConfigError,
+  LlavaConfig,
+  TextConfig,
+  VocoConfig,
+  check,
+)
+from vlm_compress.data.rows import RowSpec
+from vlm_compress.train.recipe import Recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,6 +89,9 @@ def load_page(spec: str) -> ConfigDict:
   except KeyError as e:
     raise ConfigError(f'--config={spec}: {path} has no config {e}; its '
                       'docstring lists what it has') from e
+  except (TypeError, ValueError, AttributeError) as e:
+    raise ConfigError(f'--config={spec}: get_config of {path} fails: '
+                      f'{str(e).splitlines()[0]}') from e
   check(isinstance(config, ConfigDict), f'--config={spec}: get_config of '
         f'{path} returns a {type(config).__name__}, not a ConfigDict')
   return config
@@ -102,9 +115,14 @@ def override(config: ConfigDict, flags: list[str]) -> None:
       check(section in known, f'{flag}: the config has no {section!r}; it has '
             f'{known or "no sections there"}')
       node = node[section]
-    check(isinstance(node, ConfigDict) and field in node,
-          f'{flag}: unknown config field {field!r}; known here: '
-          f'{sorted(node) if isinstance(node, ConfigDict) else "none"}')
+    check(isinstance(node, ConfigDict), f'{flag}: {".".join(sections)} has no '
+          'fields')
+    if field not in node:  # a page need not list what it leaves at its default
+      defaults = _defaults(sections)
+      check(field in defaults, f'{flag}: unknown config field {field!r}; known '
+            f'here: {sorted({*node, *defaults})}')
+      with node.unlocked():
+        node[field] = defaults[field]
     value = text
     if not isinstance(node[field], str):
       try:
@@ -116,6 +134,17 @@ def override(config: ConfigDict, flags: list[str]) -> None:
       node[field] = value
     except TypeError as e:
       raise ConfigError(f'{flag}: {e}') from e
+
+
+def _defaults(sections: list[str]) -> dict[str, Any]:
+  """Fields of the dataclass behind a section of a page."""
+  cls = {'model': LlavaConfig, 'model.text': TextConfig,
+         'model.voco': VocoConfig, 'model.atp': AtpConfig, 'rows': RowSpec,
+         'train': Recipe}.get('.'.join(sections))
+  if cls is None:
+    return {}
+  return {f.name: f.default for f in dataclasses.fields(cls)
+          if isinstance(f.default, (bool, int, float, str, tuple))}
 
 
 def main(argv: list[str]) -> int:

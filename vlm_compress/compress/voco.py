@@ -23,9 +23,14 @@ def hidden_from_text(is_voco: jax.Array, is_visual: jax.Array,
     text_sees_prefix: hide visual tokens only (Eq. 3), not BOS and newline.
 
   Returns:
-    bool[B, S].
+    bool[B, S]; nothing in a row without VoCo tokens.
   """
-  return is_visual if text_sees_prefix else (image_ids != 0) & ~is_voco
+  hidden = is_visual if text_sees_prefix else (image_ids != 0) & ~is_voco
+  return hidden & _compressed(is_voco)
+
+
+def _compressed(is_voco: jax.Array) -> jax.Array:
+  return jnp.any(is_voco, axis=1, keepdims=True)
 
 
 def voco_mask(valid: jax.Array, is_voco: jax.Array, is_visual: jax.Array,
@@ -43,9 +48,8 @@ def voco_mask(valid: jax.Array, is_voco: jax.Array, is_visual: jax.Array,
     t . . 1 1 1 1
 
   A compression segment sees BOS and itself; text sees earlier text and the
-  VoCo tokens of earlier images.  Rows without VoCo tokens are causal (their
-  image ids are 0, or they are rows of images without compression, which
-  callers give to `causal_mask` instead).
+  VoCo tokens of earlier images.  Rows without VoCo tokens are causal,
+  with images or without.
 
   Args:
     valid: bool[B, S], False for padding.
@@ -59,6 +63,6 @@ def voco_mask(valid: jax.Array, is_voco: jax.Array, is_visual: jax.Array,
   causal = causal_mask(valid, turn_ids)
   q_image, k_image = image_ids[:, :, None], image_ids[:, None, :]
   hidden = hidden_from_text(is_voco, is_visual, image_ids, text_sees_prefix)
-  in_segment = q_image != 0
+  in_segment = (q_image != 0) & _compressed(is_voco)[..., None]
   own_segment = (k_image == q_image) | (k_image == -1)
   return causal & jnp.where(in_segment, own_segment, ~hidden[:, None, :])

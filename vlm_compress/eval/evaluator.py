@@ -8,6 +8,7 @@ how many visual tokens entered each layer, per question.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,13 +85,22 @@ class Answers:
   prompt_tokens: np.ndarray
 
 
+# An object of a held-out pair is there: to ask about those first would make
+# nearly every answer "yes".
+GIVEN_AWAY = ('exists',)
+
+
 def questions_of(examples: Sequence[Example], per_kind: dict[str, int]
                  ) -> list[Question]:
   """A fixed choice of questions: of every example, up to so many per kind.
 
+  They are drawn, because turns have an order (cells from top left on), and the
+  draw is the same for the same examples.
+
   Args:
     examples: of the split.
-    per_kind: kind -> number per example; those about held-out pairs first.
+    per_kind: kind -> number per example; those about held-out pairs first,
+      but not of GIVEN_AWAY.
 
   Returns:
     Questions in the order of the examples.
@@ -99,7 +109,9 @@ def questions_of(examples: Sequence[Example], per_kind: dict[str, int]
   for index, example in enumerate(examples):
     for kind, count in per_kind.items():
       turns = [t for t in example.turns if t.kind == kind]
-      turns.sort(key=lambda t: not t.heldout)
+      rng = np.random.default_rng([index, zlib.crc32(kind.encode())])
+      turns = [turns[i] for i in rng.permutation(len(turns))]
+      turns.sort(key=lambda t: not t.heldout or kind in GIVEN_AWAY)
       chosen += [Question(index, t) for t in turns[:count]]
   return chosen
 
