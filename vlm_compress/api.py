@@ -153,8 +153,8 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
   Args:
     vlm: the model.
     prompt: a question, or a conversation (data.examples.Turn) whose last turn
-      has no answer.  `<image>` says where a picture stands; without any they
-      stand in front.
+      has no answer.  Pictures stand in front of the turn that has their
+      `<image>` markers, as LLaVA prepares its data, or of the first one.
     images: each a path, a file's bytes, uint8[H, W, 3], an image of Pillow's,
       or, for method voco, a CompressedImage.
     method: 'full', 'voco', 'atp', or 'auto', what the model was made for.

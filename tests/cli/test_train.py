@@ -90,6 +90,28 @@ def test_evaluate_alone_says_that_floors_are_missing(runs, capsys):
   assert 'VoCo' in text and 'partial' in text.lower()
 
 
+def test_evaluate_calls_things_by_their_name(runs, tmp_path, capsys):
+  # a model that selects at random is a floor, and no ATP
+  model = tmp_path / 'model'
+  shutil.copytree(runs / 'full/model', model)
+  values = json.loads((model / 'config.json').read_text())
+  values['atp'] = {'selector': 'random', 'prune_after': [1, 3],
+                   'fixed_counts': [20, 8], 'target_tokens': 16.0}
+  (model / 'config.json').write_text(json.dumps({**values, 'voco': None}))
+  argv = ['evaluate', f'--config={PAGE}:instruct', f'--data-root={runs}', *SMALL,
+          f'--checkpoint={model}']
+  assert cli.main(argv) == 0
+  text = capsys.readouterr().out
+  assert 'random' in text and 'ATP' not in text
+  for flags, words in ((['--method=full'], 'is not compressed'),
+                       ([], 'it is a floor itself')):
+    assert cli.main([*argv, f'--reference={runs}/full/model', *flags]) == 2
+    assert words in capsys.readouterr().err
+  assert cli.main([*argv[:-1], f'--checkpoint={runs}/full/model',
+                   '--method=voco', '--num-voco-tokens=40']) == 2
+  assert 'num_voco_tokens=40' in capsys.readouterr().err
+
+
 def random_model(directory):
   """A model directory with two layers, ATP and weights that say something."""
   tokenizer = tokenizer_lib.word_level(grids.vocabulary())
@@ -161,6 +183,9 @@ def test_generate_answers_as_the_evaluation_does(tmp_path, capsys):
     (['--config.data.image_size=0'], ['data.image_size=0']),
     (['--config.data.name='], ['data.name']),
     (['--config.init_from=nowhere'], ['init_from=nowhere', 'does not exist']),
+    (['--config.model.atp.nonsense=1'], ['nonsense', 'score_norm']),
+    (['--config.model.atp.score_norm=nonsense'], ['nonsense']),
+    (['--config.eval.per_kind.where=-1'], ['per_kind.where=-1']),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(runs, tmp_path, capsys, flags,
                                                words):
@@ -205,11 +230,23 @@ def test_bridge_refuses_unknown_sections_and_fields():
   config.rows.unknown_field = 1
   with pytest.raises(ConfigError, match='unknown_field'):
     stage_lib.bridge(config)
+  config = train_lib.load_page(f'{PAGE}:instruct')
+  config.eval.unknown_field = 1
+  with pytest.raises(ConfigError, match='unknown_field.*config.eval'):
+    stage_lib.bridge(config)
   with pytest.raises(ConfigError, match='no config'):
     train_lib.load_page(f'{PAGE}:nothing')
 
 
+def test_fields_that_a_page_leaves_at_their_default_can_be_set():
+  config = train_lib.load_page(f'{PAGE}:atp')
+  assert 'straight_through' not in config.model.atp
+  train_lib.override(config, ['--config.model.atp.straight_through=True'])
+  assert stage_lib.bridge(config).model['atp']['straight_through'] is True
+
+
 @pytest.mark.parametrize('text, arg, words', [
+    ('def get_config():\n  return 1 + "x"\n', '', ['get_config', 'unsupported']),
     ('def get_config(:\n', '', ['line 1', 'invalid syntax']),
     ('def get_config():\n  return None\n', ':atp', ['takes ()']),
     ('def get_config(name):\n  return None\n', '', ['takes (name)', ':ARG']),

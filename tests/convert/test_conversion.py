@@ -21,7 +21,7 @@ import sentencepiece
 from PIL import Image
 
 from vlm_compress.cli import __main__ as cli
-from vlm_compress.convert import files, preprocessor
+from vlm_compress.convert import files
 from vlm_compress.convert.tensors import INDEX, TensorFiles, TensorWriter
 from vlm_compress.data.tokenizer import load as load_tokenizer
 from vlm_compress.data.tokenizer import word_level
@@ -45,24 +45,24 @@ def random_params(config):
   return jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), shapes)
 
 
-@pytest.fixture(scope='module')
-def ours(tmp_path_factory):
+@pytest.fixture(scope='module', name='ours')
+def fixture_ours(tmp_path_factory):
   """A model directory with a CLIP tower."""
   path = tmp_path_factory.mktemp('ours') / 'model'
   files.save_model(path, random_params(CONFIG), CONFIG, NoTokenizer())
   return path
 
 
-@pytest.fixture(scope='module')
-def exported(ours, tmp_path_factory):
+@pytest.fixture(scope='module', name='exported')
+def fixture_exported(ours, tmp_path_factory):
   """The same in Hugging Face's format."""
   path = tmp_path_factory.mktemp('exported') / 'hf'
   assert run('export', '--from', ours, '--to', path) == 0
   return path
 
 
-@pytest.fixture
-def source(exported, tmp_path):
+@pytest.fixture(name='source')
+def fixture_source(exported, tmp_path):
   shutil.copytree(exported, tmp_path / 'source')
   return tmp_path / 'source'
 
@@ -231,6 +231,9 @@ UP = f'{DECODER}layers.1.mlp.up_proj.weight'
     (lambda t: t.update({UP: np.ones(48, np.float32)}), [UP, '(48,)']),
     (lambda t: t.update({UP: t[UP].astype(np.float16)}), ['float16', '--dtype']),
     (lambda t: t.update({UP: np.ones((48, 32), np.int8)}), [UP, 'I8']),
+    (lambda t: t.update({UP: np.ones((48, 32), np.int64)}), [UP, 'int64']),
+    (lambda t: {k: v.astype(np.float64) for k, v in t.items()},
+     ['float64', '--dtype']),
     (lambda t: t.update({'model.language_model.embed_tokens.weight':
                          np.ones((96, 32), np.float32)}), ['two of decoder'])])
 def test_weights_that_do_not_fit(change, words, source, tmp_path, capsys):
@@ -284,36 +287,6 @@ def test_a_language_model_needs_a_tower(source, tmp_path, capsys):
       v['text_config']))
   line = refused(capsys, 'convert', '--from', source, '--to', tmp_path / 'to')
   assert '--vision' in line
-
-
-def processor(directory):
-  return json.loads((directory / 'processor.json').read_text())
-
-
-def test_how_text_and_pictures_are_prepared(source, tmp_path, capsys):
-  argv = ('convert', '--from', source, '--to')
-  assert run(*argv, tmp_path / 'a') == 0
-  assert processor(tmp_path / 'a') == {
-      'template': 'vicuna_v1', 'image_aspect_ratio': 'pad'}
-  size = files.load_config(tmp_path / 'a').vision.image_size
-  values = {'do_center_crop': True, 'size': {'shortest_edge': size},
-            'crop_size': {'height': size, 'width': size}}
-  path = source / 'preprocessor_config.json'
-  path.write_text(json.dumps(values))
-  assert run(*argv, tmp_path / 'b') == 0
-  assert '--image-aspect-ratio=pad' in capsys.readouterr().out
-  assert processor(tmp_path / 'b')['image_aspect_ratio'] == 'crop'
-  assert run(*argv, tmp_path / 'c', '--image-aspect-ratio', 'pad',
-             '--template', 'llava_v1') == 0
-  assert processor(tmp_path / 'c') == {
-      'template': 'llava_v1', 'image_aspect_ratio': 'pad'}
-  # the export says the same in its own words, and is understood
-  for name, mode in (('b', 'crop'), ('c', 'pad')):
-    assert run('export', '--from', tmp_path / name, '--to',
-               tmp_path / f'{name}-hf') == 0
-    assert preprocessor.aspect_mode(tmp_path / f'{name}-hf', size) == mode
-  path.write_text(json.dumps({**values, 'resample': 0}))
-  assert 'resample=0' in refused(capsys, *argv, tmp_path / 'd')
 
 
 def test_methods_go_beside_the_export(tmp_path, capsys):

@@ -4,7 +4,7 @@
 
 The source is bfloat16 in shards, written sparse (zeros, which take no disk);
 the
-result takes 4.1 GB of disk.  The probe is the peak
+result and its export take 4.1 GB of disk each.  The probe is the peak
 resident memory of the command's own process, mapped files included.
 """
 
@@ -76,4 +76,11 @@ def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path):
         f'{(3 * largest + 1e9) / 1e6:.0f} MB, '
         f'{time.perf_counter() - started:.0f} s')
   assert (tmp_path / 'to/model.safetensors').stat().st_size > total
+  assert peak <= 3 * largest + 1e9
+  done = subprocess.run(
+      [sys.executable, '-c', PROBE, 'export', f'--from={tmp_path / "to"}',
+       f'--to={tmp_path / "back"}'], capture_output=True, text=True, check=True,
+      cwd=pathlib.Path(__file__).parents[2])
+  peak = int(done.stdout.rpartition('peak ')[2])
+  print(f'export: peak {peak / 1e6:.0f} MB')
   assert peak <= 3 * largest + 1e9

@@ -136,6 +136,26 @@ def test_other_names_of_the_roles(tmp_path, config, ids):
   assert roles(again) == roles(pickle.loads(pickle.dumps(again))) == ids
 
 
+@pytest.mark.parametrize('kind,template,bos', [
+    ('PreTrainedTokenizerFast', False, None),
+    ('PreTrainedTokenizerFast', True, 1), ('LlamaTokenizerFast', False, 1),
+    (None, False, 1)])
+def test_bos_is_what_the_post_processor_says(tmp_path, kind, template, bos):
+  path = named(tmp_path, 'a b', {**IM, 'tokenizer_class': kind})
+  if template:
+    spec = json.loads(path.read_text())
+    spec['post_processor'] = {
+        'type': 'TemplateProcessing', 'single': [
+            {'SpecialToken': {'id': '<|im_start|>', 'type_id': 0}},
+            {'Sequence': {'id': 'A', 'type_id': 0}}], 'pair': [
+                {'Sequence': {'id': 'A', 'type_id': 0}},
+                {'Sequence': {'id': 'B', 'type_id': 1}}],
+        'special_tokens': {'<|im_start|>': {
+            'id': '<|im_start|>', 'ids': [1], 'tokens': ['<|im_start|>']}}}
+    path.write_text(json.dumps(spec))
+  assert tokenizer_lib.load(path).bos_id == bos
+
+
 @pytest.mark.parametrize('config,words', [
     ({**IM, 'eos_token': None}, 'tokenizer_config.json: eos_token is null'),
     ({**IM, 'pad_token': '<x>'}, 'no <x> token.*tokenizer_config.json'),

@@ -160,6 +160,7 @@ def _frequencies(temperature, top_p, count=4000):
 
 @pytest.mark.parametrize('temperature,top_p,want', [
     (0.0, 1.0, [1, 0, 0, 0]),
+    (1e-45, 1.0, [1, 0, 0, 0]),  # too small for float32
     (1.0, 1.0, PROBS),
     (0.5, 1.0, PROBS ** 2 / (PROBS ** 2).sum()),
     (2.0, 1.0, PROBS ** 0.5 / (PROBS ** 0.5).sum()),

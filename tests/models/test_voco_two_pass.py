@@ -118,7 +118,7 @@ def test_packed_turns_are_independent_of_each_other():
   assert np.abs(a[3, 2:4] - b[3, 2:4]).max() > 1e-3  # turn 1
 
 
-def test_nothing_visual_matters_once_the_prefix_is_held_fixed():
+def test_pictures_matter_through_the_prefix_alone():
   config = CONFIGS['plain']
   model, params = helpers.build(config)
   _, split = _batches(config)
@@ -132,11 +132,7 @@ def test_nothing_visual_matters_once_the_prefix_is_held_fixed():
                                             method='read')[0]
   logits = read(text, prefix)
   other = np.random.default_rng(9).normal(size=text.features.shape)
-  other = other.astype(np.float32)
-  np.testing.assert_array_equal(read(text.replace(features=other), prefix),
-                                logits)
-  # ... but the pictures do matter, through the prefix alone
-  changed = compress(other)
+  changed = compress(other.astype(np.float32))
   with_image = text.image_valid.any(1)
   difference = np.abs(np.asarray(read(text, changed) - logits))
   difference = difference * text.valid[..., None]

@@ -103,7 +103,7 @@ def test_hidden_states_equal_hugging_face(size, act):
       tower = ClipVisionTower(config, layer, strategy)
       ours = tower.apply({'params': params}, pixels)
       error = np.abs(np.asarray(ours) - expected).max()
-      print(f'{size} {act} layer {layer} {strategy}: {error:.1e} '
+      print(f'\nparity: CLIP, {size} {act} layer {layer} {strategy}: {error:.1e} '
             f'of {np.abs(expected).max():.1f}')
       np.testing.assert_allclose(ours, expected, rtol=TOLERANCE,
                                  atol=TOLERANCE)

@@ -74,14 +74,17 @@ def test_greedy_answers(name, tmp_path):
   pixels = their_processor(tmp_path / 'back')(
       image, return_tensors='pt')['pixel_values']
   eos, seen = vlm.tokenizer.eos_id, set()
+  back = transformers.LlavaForConditionalGeneration.from_pretrained(
+      tmp_path / 'back', attn_implementation='eager').eval()
+  assert back.generation_config.eos_token_id == eos  # nobody has to say it
   for prompt in ('w3 w9 w27', 'w1', 'w80 w2 w5 w5 w70', 'w44 w4'):
     answer = api.generate(vlm, prompt, [image], max_new_tokens=24)
     ids = api.logits(vlm, prompt, [image]).ids
     assert (ids == IMAGE).sum() == model.config.image_seq_length
     with torch.no_grad():
-      theirs = model.generate(
+      theirs = back.generate(
           input_ids=torch.tensor(ids[None]), pixel_values=pixels,
-          do_sample=False, max_new_tokens=24, eos_token_id=eos, use_cache=True,
+          do_sample=False, max_new_tokens=24, use_cache=True,
           pad_token_id=0)[0, len(ids):].tolist()
     assert answer.token_ids == [t for t in theirs if t != eos]
     seen |= set(theirs)

@@ -54,7 +54,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def generate(argv: list[str]) -> int:
-  """answers a question about a picture: --image=FILE --prompt=TEXT"""
+  """answers questions about pictures: --image=FILE --prompt=TEXT | --interactive"""
   from vlm_compress.cli import generate as command
   return command.main(argv)
 

@@ -30,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument('--image', action='append', default=[], type=pathlib.Path,
                  metavar='FILE', help='a picture; again for more of them, left '
                  'out to ask without')
-  p.add_argument('--prompt', help='the question; <image> in it says where a '
-                 'picture stands, in front without')
+  p.add_argument('--prompt', help='the question; pictures stand in front of it, '
+                 'as in training, also where <image> says so')
   p.add_argument('--interactive', action='store_true',
                  help='asks for questions (after --prompt), one a line, until '
                  'an empty one. All are about the same pictures, which are encoded (voco: and '

@@ -183,6 +183,9 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
           prefix.startswith('atp') for prefix in learns)),
         'a frozen teacher or a frozen decoder needs trained weights: set '
         '--config.init_from')
+  if not stage.init_from and stage.recipe.stage in ('voco', 'atp'):
+    message(f'warning: stage {stage.recipe.stage} starts from random weights; '
+            'both methods start from a trained model: --config.init_from')
   claim_workdir(workdir, describe(stage) if settings is None else settings)
   result, clock = workdir / 'model', workdir / 'seconds.txt'
   if (result / 'config.json').exists():  # written last

@@ -18,12 +18,13 @@ import numpy as np
 
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.convert import hf_config, rules
-from vlm_compress.convert.files import WEIGHTS, load_config, new_directory
+from vlm_compress.convert.files import TOKENIZER, WEIGHTS, load_config, new_directory
 from vlm_compress.convert.from_hf import parameter_shapes
 from vlm_compress.convert.preprocessor import PREPROCESSOR, values_for
 from vlm_compress.convert.processor import Processor, load_processor
 from vlm_compress.convert.tensors import FLOATS, TensorFiles, TensorWriter
 
+IMAGE_TOKEN = '<image>'
 ADAPTERS = 'vlm_compress_adapters.safetensors'
 _TABLES = ('embed_tokens.weight', 'weight')  # of decoder and head: words first
 
@@ -153,7 +154,29 @@ def export(plan: Plan, directory: pathlib.Path, *,
       side.close()
     (work / hf_config.CONFIG).write_text(
         json.dumps(hf_config.to_hf(plan.config), indent=1))
+    _add_image_token(work / TOKENIZER, plan.config.image_token_index)
     if plan.processor is not None:
       (work / PREPROCESSOR).write_text(json.dumps(values_for(
           plan.processor.image_aspect_ratio, plan.config.vision.image_size),
           indent=1))
+
+
+def _add_image_token(path: pathlib.Path, index: int) -> None:
+  """Gives `<image>` its id in a tokenizer.json, for transformers' processor.
+
+  Left as it is where the id is not the next free one: the library numbers new
+  tokens by itself.
+  """
+  if not path.is_file():
+    return
+  spec = json.loads(path.read_text(encoding='utf-8'))
+  added = spec.get('added_tokens') or []
+  words = (spec.get('model') or {}).get('vocab') or {}
+  ids = {t['id'] for t in added} | set(words.values() if isinstance(words, dict)
+                                       else range(len(words)))
+  if any(t['content'] == IMAGE_TOKEN for t in added) or len(ids) != index:
+    return
+  spec['added_tokens'] = [*added, {
+      'id': index, 'content': IMAGE_TOKEN, 'single_word': False,
+      'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}]
+  path.write_text(json.dumps(spec, ensure_ascii=False), encoding='utf-8')
