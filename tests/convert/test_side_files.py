@@ -91,7 +91,7 @@ def test_voco_rows(source, tmp_path, capsys):
   np.testing.assert_array_equal(
       ours['language_model/embed_tokens/embedding'], table[:93])
   (source / 'added_tokens.json').write_text('{"<voco>": 96}')
-  assert 'id 96' in refused(capsys, *argv, tmp_path / 'c')
+  assert 'id 96' in refused(capsys, *argv, tmp_path / 'to-c')
 
 
 def test_each_others_directories_are_known(ours, exported, tmp_path, capsys):

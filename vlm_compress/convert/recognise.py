@@ -270,7 +270,7 @@ def with_voco(config: LlavaConfig, source: pathlib.Path, count: int | None
   count = 2 if count is None else count
   config = dataclasses.replace(
       config, voco_token_index=index,
-      text=dataclasses.replace(config.text, vocab_size=rows - 1),
+      text=dataclasses.replace(config.text, vocab_size=index),
       voco=VocoConfig(num_voco_tokens=count))
   behind = rows - 1 - index
   return config, [f'{VOCO_TOKEN} (id {index}) became voco_embedding, with '

@@ -1,0 +1,32 @@
+"""README's quickstart table says what the rows in results/quickstart say."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from vlm_compress.eval import report
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_the_table_is_the_reports(tmp_path):
+  rows = json.loads((ROOT / 'results/quickstart/report.json').read_text())
+  text = (ROOT / 'README.md').read_text()
+  table = text.partition('<!-- quickstart table: begin')[2].partition(
+      '<!-- quickstart table: end')[0]
+  shown = [[cell.strip() for cell in line.strip('|').split('|')]
+           for line in table.splitlines() if line.startswith('| ')]
+  paths = report.write_report(rows, tmp_path, allow_partial=True)
+  made = paths['md'].read_text().partition('| method')[2]
+  made = [[cell.strip() for cell in line.strip('|').split('|')]
+          for line in made.splitlines() if line.startswith('| ')]
+  made = {(cells[0], cells[1], cells[3]): cells[4:10]
+          for cells in made if len(cells) > 9}
+  checked = 0
+  for cells in shown[2:]:
+    if len(cells) == 9 and cells[2]:  # no heading of a budget
+      want = made[cells[0], cells[1], cells[2]]
+      assert cells[3:] == want
+      checked += 1
+  assert checked == len(rows['rows'])
