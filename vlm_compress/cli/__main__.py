@@ -54,7 +54,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def generate(argv: list[str]) -> int:
-  """answers questions about pictures: --image=FILE --prompt=TEXT | --interactive"""
+  """answers questions about pictures: --image=FILE --prompt=TEXT"""
   from vlm_compress.cli import generate as command
   return command.main(argv)
 
