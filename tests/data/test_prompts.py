@@ -8,14 +8,16 @@ import tokenizers
 from tokenizers import decoders, models
 
 from vlm_compress.config import ConfigError
+from vlm_compress.convert.vocabulary import llama_bpe
 from vlm_compress.data.examples import Turn
 from vlm_compress.data.prompts import TextStream, prompt_row
-from vlm_compress.data.tokenizer import Tokenizer, llama_bpe, word_level
+from vlm_compress.data.tokenizer import Tokenizer, word_level
 
 SPACE = '\u2581'
 BYTES = [f'<0x{i:02X}>' for i in range(256)]
-LLAMA = llama_bpe(['<unk>', '<s>', '</s>', *BYTES, SPACE, 'a', 'b', f'{SPACE}a'],
-                  [(SPACE, 'a')])
+LLAMA = Tokenizer(llama_bpe(
+    ['<unk>', '<s>', '</s>', *BYTES, SPACE, 'a', 'b', f'{SPACE}a'],
+    [(SPACE, 'a')]))
 
 
 def byte_level() -> Tokenizer:
