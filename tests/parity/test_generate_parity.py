@@ -63,6 +63,7 @@ def test_pictures(mode, size, tmp_path):
     'tied, class token, last layer', 'qwen2', '56 px'])
 def test_greedy_answers(name, tmp_path):
   model = build(name)
+  model.generation_config.eos_token_id = word_level(WORDS).eos_id
   model.save_pretrained(tmp_path / 'hf')
   word_level(WORDS).save(tmp_path / 'hf/tokenizer.json')
   convert('--from', tmp_path / 'hf', '--to', tmp_path / 'ours', '--template',
