@@ -12,7 +12,7 @@ import pytest
 from api_helpers import TOKENIZER, make
 from PIL import Image
 
-from vlm_compress import api
+from vlm_compress import api, sharding
 from vlm_compress.config import ConfigError
 from vlm_compress.convert.processor import Processor
 from vlm_compress.data import images
@@ -204,6 +204,22 @@ def test_save_and_load(vlms, pictures, tmp_path):
   (tmp_path / 'tokenizer.json').unlink()
   with pytest.raises(ConfigError, match='tokenizer.json does not exist'):
     api.load(tmp_path)
+
+
+def test_on_a_mesh_it_answers_the_same(vlms, pictures, tmp_path):
+  api.save(vlms['full'], tmp_path / 'model')
+  one = api.load(tmp_path / 'model')
+  several = api.load(tmp_path / 'model',
+                     mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  kernel = several.params['language_model']['layers']['mlp']['up_proj']['kernel']
+  assert len(kernel.sharding.device_set) == 8
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+  a, b = (api.logits(vlm, QUESTION, pictures[:1]).logits
+          for vlm in (one, several))
+  np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  a, b = (api.generate(vlm, QUESTION, pictures[:1], max_new_tokens=4)
+          for vlm in (one, several))
+  assert a.token_ids == b.token_ids
 
 
 def test_the_end_of_the_context(vlms, pictures):

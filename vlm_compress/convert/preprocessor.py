@@ -15,8 +15,7 @@ from typing import Any
 from vlm_compress.config import ConfigError, check
 
 PREPROCESSOR = 'preprocessor_config.json'
-# CLIP's (1.3 of LLaVA's evaluation; the same as in data/images.py, a test
-# compares them).
+# CLIP's, of red, green and blue.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_compress.config import VisionConfig, check
+from vlm_compress.convert import preprocessor
 from vlm_compress.convert.processor import ASPECT_MODES
 from vlm_compress.data.errors import DataError
 
@@ -29,8 +30,8 @@ MAX_PIXELS = 64_000_000  # of one picture; above it 0.25 GB when decoded
 MAX_SIDE = 16_000  # pixels; 'pad' makes a square of the longer side
 MAX_BYTES = 256 * 2**20  # of one encoded picture
 
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CLIP_MEAN = np.array(preprocessor.MEAN, np.float32)
+CLIP_STD = np.array(preprocessor.STD, np.float32)
 CLIP_BACKGROUND = (122, 116, 104)  # the mean in uint8, cut off, not rounded
 # Becomes 0 in (x - 127) / 128, the normalisation of EfficientNet-Lite0.
 EFFICIENTNET_BACKGROUND = (127, 127, 127)
@@ -67,6 +68,8 @@ def read_bytes(root: str | os.PathLike, name: str) -> bytes:
   """
   path = resolve_path(root, name)
   try:
+    if path.is_dir():
+      raise DataError(f'{path} is a directory; name a picture in it')
     if not path.is_file():  # before open, which would wait on a pipe
       raise DataError(f'{path}: no such file; check the data root or fetch the '
                       'pictures again')
