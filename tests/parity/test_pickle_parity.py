@@ -64,12 +64,16 @@ def pickled(root, to, shards=1):
   return to
 
 
+def command(root, source, to):
+  return ['convert', '--from', str(source), '--vision', str(root / 'clip'),
+          '--to', str(to)]
+
+
 @pytest.mark.parametrize('shards', [1, 3])
 def test_same_weights(shards, made, tmp_path, capsys):
   _, root = made
   source = pickled(root, tmp_path / 'source', shards)
-  argv = ['convert', '--from', str(source), '--vision', str(root / 'clip'),
-          '--to', str(tmp_path / 'got')]
+  argv = command(root, source, tmp_path / 'got')
   assert cli.main(argv) == 2
   error = capsys.readouterr().err
   assert '--allow-pickle' in error and error.count('\n') == 1
@@ -81,11 +85,10 @@ def test_same_weights(shards, made, tmp_path, capsys):
 def test_the_command_of_the_message_works(shards, made, tmp_path, capsys):
   _, root = made
   source = pickled(root, tmp_path / 'source', shards)
-  argv = ['convert', '--from', str(source), '--vision', str(root / 'clip'),
-          '--to', str(tmp_path / 'got')]
+  argv = command(root, source, tmp_path / 'got')
   assert cli.main(argv) == 2
-  command = capsys.readouterr().err.partition('python -c "')[2].rpartition('"')[0]
-  subprocess.run([sys.executable, '-c', command], check=True, timeout=120)
+  remedy = capsys.readouterr().err.partition('python -c "')[2].rpartition('"')[0]
+  subprocess.run([sys.executable, '-c', remedy], check=True, timeout=120)
   if shards == 2:  # one of them is not there yet
     last = source / 'pytorch_model-1.safetensors'
     last.rename(tmp_path / 'later')
@@ -104,8 +107,7 @@ class Program:
 def test_programs_are_refused(made, tmp_path, capsys):
   _, root = made
   source = pickled(root, tmp_path / 'source')
-  argv = ['convert', '--from', str(source), '--vision', str(root / 'clip'),
-          '--to', str(tmp_path / 'got'), '--allow-pickle']
+  argv = [*command(root, source, tmp_path / 'got'), '--allow-pickle']
   torch.save({'x': Program()}, source / 'pytorch_model.bin')
   assert cli.main(argv) == 2
   said = capsys.readouterr()
