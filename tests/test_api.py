@@ -22,6 +22,7 @@ from vlm_compress.data.rows import RowSpec, layout
 from vlm_compress.decode.generate import answer_ids, generate
 from vlm_compress.models.llava import Llava, PruneOptions
 from vlm_compress.models.sequence import make_batch, split_voco
+from vlm_compress.vlm import prefill, prepare
 
 METHODS = ('full', 'voco', 'atp')
 QUESTION, COUNT = 'what is this on the left side', 5
@@ -129,17 +130,50 @@ def test_compressed_images_stand_for_pictures(pictures, sees_prefix):
                                num_voco_tokens=1)
 
 
+def test_a_kept_image_stands_for_its_picture(vlms, pictures):
+  """Under its own prompt it is the picture; others read what that one kept."""
+  vlm = vlms['atp']
+  other = 'what is a red dog'
+  kept = api.keep_image(vlm, pictures[0], QUESTION)
+  want = api.generate(vlm, QUESTION, pictures[:1], max_new_tokens=COUNT)
+  got = api.generate(vlm, QUESTION, [kept], max_new_tokens=COUNT)
+  assert got[:3] == want[:3] and 0 < kept.visual_tokens[-1] < 16
+  np.testing.assert_array_equal(got.visual_tokens, want.visual_tokens)
+  states = [prefill(vlm, prepare(vlm, question, [image], 'atp', None), 4)
+            for question, image in ((QUESTION, pictures[0]), (QUESTION, kept),
+                                    (other, pictures[0]), (other, kept))]
+  fresh, read, other_fresh, other_read = (s.logits for s in states)
+  helpers.close(read, fresh)
+  assert np.abs(other_read - other_fresh).max() > 1e-3
+  # Where the choice does not depend on the question, neither does the answer.
+  blind = make(helpers.atp_config(selector='fixed', scores='self',
+                                  fixed_counts=(9, 5, 2)))
+  kept_blind = api.keep_image(blind, pictures[0], QUESTION)
+  one, two = (prefill(blind, prepare(blind, other, [image], 'atp', None), 4)
+              for image in (pictures[0], kept_blind))
+  helpers.close(two.logits, one.logits)
+  with pytest.raises(ConfigError, match='kept image can only be read with method atp'):
+    api.generate(vlm, QUESTION, [kept, pictures[1]])
+  with pytest.raises(ConfigError, match='with method atp and alone'):
+    api.generate(vlm, QUESTION, [kept], method='full')
+  with pytest.raises(ConfigError, match='other text in front of the image'):
+    api.generate(api.Vlm(vlm.config, vlm.params, TOKENIZER, Processor('plain')),
+                 QUESTION, [dataclasses.replace(kept, vlm=None)])
+  with pytest.raises(ConfigError, match='no logits of all tokens'):
+    api.logits(vlm, QUESTION, [kept])
+
+
 def test_a_picture_is_encoded_once_and_a_program_compiled_once(
     vlms, pictures, monkeypatch):
   vlm = make(vlms['full'].config)
   calls, encode = [], api.Vlm._encode
   monkeypatch.setattr(api.Vlm, '_encode', lambda self, pixels: (
       calls.append(1), encode(self, pixels))[1])
-  prefill = api.stream_lib.prefill
-  before = prefill._cache_size()
+  programs = set()
   for question in (QUESTION, 'what is this', 'a cat on the right side'):
     api.generate(vlm, question, pictures[:1], max_new_tokens=4)
-  assert len(calls) == 1 and prefill._cache_size() - before == 1
+    programs.add(len(vlm.segmented.programs))
+  assert len(calls) == 1 and len(programs) == 1
   rng = np.random.default_rng(2)
   for _ in range(20):  # ... but not all pictures of a lifetime are kept
     vlm.features(rng.integers(0, 255, (24, 24, 3), np.uint8))

@@ -133,8 +133,8 @@ def test_head_size_follows_the_hidden_size_unless_it_is_given():
 def test_floor_and_placement_of_the_paper():
   config = LlavaConfig(atp=AtpConfig())
   assert config_lib.token_floor(config) == (4 * 576 + 28) / 32  # 72.875
-  assert config_lib.prune_after_for(32) == (4, 14, 24)
+  assert presets.prune_after_for(32) == (4, 14, 24)
   for depth in range(2, 41):
-    placed = config_lib.prune_after_for(depth)
+    placed = presets.prune_after_for(depth)
     assert placed and placed[0] >= 1 and placed[-1] < depth
     assert len(set(placed)) == len(placed)

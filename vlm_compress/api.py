@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,14 +34,23 @@ from vlm_compress.data.examples import Turn
 from vlm_compress.data.prompts import TextStream
 from vlm_compress.data.templates import TEMPLATES
 from vlm_compress.decode import stream as stream_lib
+from vlm_compress.decode.prefilled import entering
 from vlm_compress.models.inputs import CompressedImages, PruneOptions, place
 from vlm_compress.models.llava import Llava
 from vlm_compress.models.sequence import VISUAL, Batch
-from vlm_compress.nn.kv_cache import KVCache
-from vlm_compress.vlm import CompressedImage, Row, Vlm, compress_image, prepare
+from vlm_compress.vlm import (
+  CompressedImage,
+  KeptImage,
+  Vlm,
+  compress_image,
+  keep_image,
+  prefill,
+  prepare,
+)
 
-__all__ = ['load', 'save', 'logits', 'generate', 'compress_image', 'Vlm',
-           'CompressedImage', 'Logits', 'Answer', 'Turn']
+__all__ = ['load', 'save', 'logits', 'generate', 'compress_image',
+           'keep_image', 'Vlm', 'CompressedImage', 'KeptImage', 'Logits',
+           'Answer', 'Turn']
 
 
 class Logits(NamedTuple):
@@ -89,8 +97,6 @@ def load(directory: str | os.PathLike, *, template: str | None = None,
   config = files.load_config(directory)
   path = pathlib.Path(directory) / files.TOKENIZER
   params = files.load_params(directory, mesh)
-  if mesh is None:
-    params = jax.tree.map(jnp.asarray, params)
   try:
     tokenizer = tokenizer_lib.load(path)
   except (FileNotFoundError, DataError) as error:
@@ -133,10 +139,12 @@ def logits(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any] = (),
     ConfigError, DataError: as `generate`.
   """
   row = prepare(vlm, prompt, images, method, num_voco_tokens)
+  check(row.kept is None, 'a kept image has no logits of all tokens; give the '
+        'picture itself')
   if row.compressed is None:
-    out = _logits(row.model, vlm.params, row.batch, row.prune)
+    out = _logits(row.model, vlm.on_device, row.batch, row.prune)
   else:
-    out = _read(row.model, vlm.params, row.batch, row.compressed,
+    out = _read(row.model, vlm.on_device, row.batch, row.compressed,
                 row.voco_positions)
   types, ids = row.batch.token_types[0], row.batch.input_ids[0]
   ids = np.where(types == VISUAL, vlm.config.image_token_index, ids)
@@ -156,7 +164,7 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
       has no answer.  Pictures stand in front of the turn that has their
       `<image>` markers, as LLaVA prepares its data, or of the first one.
     images: each a path, a file's bytes, uint8[H, W, 3], an image of Pillow's,
-      or, for method voco, a CompressedImage.
+      or a CompressedImage (method voco), or one KeptImage (method atp).
     method: 'full', 'voco', 'atp', or 'auto', what the model was made for.
     num_voco_tokens: VoCo tokens per picture, if not as trained.
     max_new_tokens: longest answer; the end of the context may come before.
@@ -187,32 +195,22 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
   room = limit - row.positions
   check(room > 0, f'the prompt takes all {limit} positions of '
         'text.max_position_embeddings; shorten it to leave room for an answer')
-  first, cache, entering = _prefill(row, vlm, min(max_new_tokens, limit) - 1)
+  count = min(max_new_tokens, room)
+  state = prefill(vlm, row, count - 1)
   text, ids = TextStream(vlm.tokenizer), []
   give = lambda piece: piece and stream is not None and stream(piece)
-  count = min(max_new_tokens, room)
-  for token in stream_lib.tokens(
-      row.model, vlm.params, first, cache, max_new_tokens=count,
-      end_ids=vlm.end_ids, temperature=temperature, top_p=top_p,
-      seed=seed):
+  for (token,) in stream_lib.tokens(
+      vlm.segmented, state, max_new_tokens=count, end_ids=vlm.end_ids,
+      temperature=temperature, top_p=top_p, seed=seed):
     ids.append(token)
     give(text.push(token))
   give(text.finish())
   ended = ('eos' if len(ids) < count else
            'max_new_tokens' if count == max_new_tokens else 'context')
-  kept = None if entering is None else np.asarray(entering).sum((1, 2, 3))
+  kept = row.kept.visual_tokens if row.kept is not None else None
+  if state.pruning is not None:
+    kept = entering(vlm.config, state.pruning).sum((1, 2))
   return Answer(vlm.tokenizer.decode(ids), ids, ended, kept)
-
-
-def _prefill(row: Row, vlm: Vlm, num_slots: int
-             ) -> tuple[jax.Array, KVCache, jax.Array | None]:
-  """See decode/stream.py."""
-  if row.compressed is None:
-    return stream_lib.prefill(row.model, vlm.params, row.batch, row.prune,
-                              num_slots)
-  return *stream_lib.prefill_compressed(
-      row.model, vlm.params, row.batch, row.compressed, row.batch.image_valid,
-      row.voco_positions, num_slots), None
 
 
 @functools.partial(jax.jit, static_argnums=0)

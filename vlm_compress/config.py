@@ -18,6 +18,7 @@ SCORE_NORMS = ('relative', 'minmax', 'rank')
 SCORES = ('both', 'self', 'cross')
 CROSS_QUERIES = ('all', 'last')
 CRITERIA = ('both', 'redundant', 'spatial')
+IMPLEMENTATIONS = ('auto', 'dense', 'jax', 'splash')  # of attention
 DTYPES = ('float32', 'bfloat16')
 PARAM_DTYPES = (*DTYPES, 'float16')
 
@@ -127,8 +128,8 @@ class TextConfig:
           f'text.hidden_size={self.hidden_size} is no multiple of '
           f'text.num_attention_heads={self.num_attention_heads}; '
           'set text.head_dim')
-    if self.head_dim == derived and rest == 0:
-      object.__setattr__(self, 'head_dim', 0)  # follows a new hidden_size
+    if self.head_dim == derived and rest == 0:  # follows a new hidden_size
+      object.__setattr__(self, 'head_dim', 0)
     check(self.size_per_head > 0 and self.size_per_head % 2 == 0,
           f'text.head_dim={self.size_per_head}: RoPE rotates pairs, so it must '
           'be even and positive')
@@ -193,6 +194,8 @@ class AtpConfig:
     lambda_atp, lambda_target: weights of the two budget terms.
     temperature_start, temperature_end: tau, annealed geometrically.
     threshold_shift: added to the logit of both thresholds at inference.
+    capacities: visual tokens per image that segments are compiled for; () for
+      the default of models.segments.capacity_ladder.
   """
   prune_after: tuple[int, ...] = (4, 14, 24)
   selector: str = 'adaptive'
@@ -213,8 +216,11 @@ class AtpConfig:
   temperature_start: float = 10.0
   temperature_end: float = 100.0
   threshold_shift: float = 0.0
+  capacities: tuple[int, ...] = ()
 
   def __post_init__(self):
+    check(all(a < b for a, b in zip((0, *self.capacities), self.capacities)),
+          f'atp.capacities={self.capacities}: increasing, at least 1')
     first = 0 if self.selector in ('random', 'uniform') else 1
     check(len(self.prune_after) > 0 and self.prune_after[0] >= first and
           all(a < b for a, b in zip(self.prune_after, self.prune_after[1:])),
@@ -245,7 +251,7 @@ class AtpConfig:
     for name in ('lambda_atp', 'lambda_target'):
       check(getattr(self, name) >= 0.0, f'atp.{name}: not negative')
     check(0.0 < self.temperature_start <= self.temperature_end,
-          'atp.temperature_start must be positive and at most temperature_end')
+          'atp.temperature_start: positive, and at most temperature_end')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +271,8 @@ class LlavaConfig:
     num_query_tokens: visual tokens after the resampler; 0 without one.
     dtype: of activations; param_dtype: of parameters as stored.
     remat: recompute each decoder layer in the backward pass.
+    attention_implementation: 'auto' picks by backend; or 'dense', 'jax' or
+      'splash' wherever it can do what is asked, see nn/kernels.py.
   """
   vision: VisionConfig = VisionConfig()
   text: TextConfig = TextConfig()
@@ -280,8 +288,11 @@ class LlavaConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   remat: bool = False
+  attention_implementation: str = 'auto'
 
   def __post_init__(self):
+    check(self.attention_implementation in IMPLEMENTATIONS,
+          f'attention_implementation: use one of {IMPLEMENTATIONS}')
     check(self.resampler in RESAMPLERS,
           f'resampler={self.resampler!r}: use one of {RESAMPLERS}')
     check((self.num_query_tokens > 0) if self.resampler != 'none' else
@@ -291,9 +302,10 @@ class LlavaConfig:
           'voco and atp are both set: a model has one compression method')
     check(self.resampler == 'none' or self.atp is None,
           'atp needs the full grid of visual tokens: set resampler="none"')
-    check(self.vision_feature_select_strategy in ('default', 'full'),
+    strategy = self.vision_feature_select_strategy
+    check(strategy in ('default', 'full'),
           'vision_feature_select_strategy: use default or full')
-    check(self.vision_feature_select_strategy == 'default' or
+    check(strategy == 'default' or
           (self.vision.model_type == 'clip_vision_model' and
            self.atp is None and self.resampler == 'none'),
           'vision_feature_select_strategy="full" keeps the class token, which '
@@ -352,13 +364,6 @@ def check_atp(config: LlavaConfig) -> None:
           f'{config.num_visual_tokens}; raise the target or prune earlier')
 
 
-def prune_after_for(num_hidden_layers: int) -> tuple[int, ...]:
-  """The published placement (4, 14, 24 of 32) for any depth, without repeats."""
-  shares = (0.125, 0.4375, 0.75)
-  layers = [max(1, int(num_hidden_layers * share)) for share in shares]
-  return tuple(sorted({l for l in layers if l < num_hidden_layers}))
-
-
 def to_dict(config: Any) -> dict[str, Any]:
   """A config as plain JSON types."""
   return dataclasses.asdict(config)
@@ -379,8 +384,7 @@ def from_dict(values: dict[str, Any], cls: type = LlavaConfig) -> Any:
     if cls is LlavaConfig and name in _NESTED and value is not None:
       check(isinstance(value, dict), f'{name}={value!r}: must be an object')
       value = from_dict(value, _NESTED[name])
-    elif isinstance(value, (list, tuple)):
-      value = tuple(value)
+    value = tuple(value) if isinstance(value, list) else value
     if name not in _NESTED:
       _check_type(name, value, getattr(cls, name))
     kwargs[name] = value

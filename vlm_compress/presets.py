@@ -1,4 +1,4 @@
-"""Named model sizes."""
+"""Named model sizes, and the published placement of modules."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def preset(name: str) -> LlavaConfig:
         dtype='bfloat16', remat=True)
   raise ConfigError(f'preset {name!r} is unknown; use tiny, llava_1_5_7b or '
                     'llava_1_5_13b')
+
+
+def prune_after_for(num_hidden_layers: int) -> tuple[int, ...]:
+  """The published placement (4, 14, 24 of 32) for any depth, without repeats."""
+  shares = (0.125, 0.4375, 0.75)
+  layers = [max(1, int(num_hidden_layers * share)) for share in shares]
+  return tuple(sorted({l for l in layers if l < num_hidden_layers}))

@@ -24,9 +24,18 @@ from vlm_compress.data.examples import Turn
 from vlm_compress.data.prompts import prompt_row
 from vlm_compress.data.templates import TEMPLATES
 from vlm_compress.data.tokenizer import Tokenizer
-from vlm_compress.models.inputs import CompressedImages, PruneOptions
+from vlm_compress.decode.prefilled import Prefilled, entering
+from vlm_compress.decode.segmented import SegmentedModel
+from vlm_compress.models.inputs import CompressedImages, KeptTokens, PruneOptions
 from vlm_compress.models.llava import Llava
-from vlm_compress.models.sequence import Batch, VocoBatch, make_batch, split_voco
+from vlm_compress.models.sequence import (
+  ROW_FIELDS,
+  VISUAL,
+  Batch,
+  VocoBatch,
+  make_batch,
+  split_voco,
+)
 
 METHODS = ('auto', 'full', 'voco', 'atp')
 _LENGTH_STEP = 64  # tokens
@@ -45,7 +54,7 @@ class Vlm:
 
   Attributes:
     config: of the model.
-    params: parameters.
+    params: parameters, as they were given: numpy arrays, or spread over a mesh.
     tokenizer: of the model.
     processor: how its text and pictures are prepared, None if unknown.
     directory: where it comes from, '' if from nowhere.
@@ -66,8 +75,18 @@ class Vlm:
 
   @property
   def model(self) -> Llava:
-    """The module; its functions take `params`."""
+    """The module; its functions take `on_device`."""
     return Llava(self.config)
+
+  @functools.cached_property
+  def on_device(self) -> Any:
+    """Parameters as device arrays."""
+    return jax.tree.map(jnp.asarray, self.params)
+
+  @functools.cached_property
+  def segmented(self) -> SegmentedModel:
+    """The model for serving, with the programs compiled so far."""
+    return SegmentedModel(self.config, self.params)
 
   def template(self) -> str:
     """The name of the conversation template.
@@ -120,7 +139,7 @@ class Vlm:
     check('vision_tower' in self.params, f'{self.directory or "the model"} has '
           'no weights of its CLIP tower: convert a checkpoint that has, and '
           'train from there')
-    return np.asarray(_vision(self.model, self.params, images_lib.
+    return np.asarray(_vision(self.model, self.segmented.rest, images_lib.
                               clip_normalize(pixels)[None, None])[0, 0],
                       np.float32)
 
@@ -167,14 +186,67 @@ def compress_image(vlm: Vlm, image: Any, num_voco_tokens: int | None = None
   # What a compressed image has seen is the same in all templates.
   row = prompt_row('', 1, vlm.tokenizer, vlm.config, 'short', count)
   segment = _split(row, vlm.config, 1).segment_ids
-  state = _compress(vlm.model, vlm.params, vlm.features(image)[None, None],
-                    segment, count)
+  state = vlm.segmented.compress(vlm.features(image)[None, None], segment, count)
   return CompressedImage(vlm, count, segment, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptImage:
+  """A picture as the tokens that ATP kept of it for a prompt.
+
+  It stands for the picture in `generate`, also under other prompts, which then
+  read what the first one kept.
+
+  Attributes:
+    vlm: the model.
+    prompt: which the tokens were kept for.
+    prefix_ids: token ids of the row up to the image's end.
+    state: keys and values.
+    visual_tokens: float[M], visual tokens that entered each layer.
+  """
+  vlm: Vlm = dataclasses.field(repr=False)
+  prompt: str
+  prefix_ids: tuple[int, ...] = dataclasses.field(repr=False)
+  state: KeptTokens = dataclasses.field(repr=False)
+  visual_tokens: np.ndarray = dataclasses.field(repr=False)
+
+
+def keep_image(vlm: Vlm, image: Any, prompt: str) -> KeptImage:
+  """A picture as what ATP keeps of it for a prompt.
+
+  Args:
+    vlm: a model with ATP modules.
+    image: see `generate`.
+    prompt: a question.
+
+  Raises:
+    DataError: the picture is none.
+    ConfigError: the model has no ATP modules.
+  """
+  vlm.method('atp')
+  row = prepare(vlm, prompt, [image], 'atp', None)
+  state = vlm.segmented.prefill(row.batch, row.prune)
+  fields = {name: getattr(row.batch, name)[0] for name in ROW_FIELDS}
+  end = _image_end(fields)
+  return KeptImage(vlm, prompt, _ids(vlm, fields, end),
+                   vlm.segmented.keep(state, row.size - end),
+                   entering(vlm.config, state.pruning).sum((1, 2)))
+
+
+def _image_end(row: dict[str, np.ndarray]) -> int:
+  return int(np.flatnonzero(row['token_types'] == VISUAL)[-1]) + 1
+
+
+def _ids(vlm: Vlm, row: dict[str, np.ndarray], end: int) -> tuple[int, ...]:
+  visual = row['token_types'][:end] == VISUAL
+  ids = np.where(visual, vlm.config.image_token_index, row['input_ids'][:end])
+  return tuple(ids.tolist())
 
 
 class Row(NamedTuple):
   """A prompt as the model reads it: `size` tokens without padding, which
-  take `positions`; batch holds the text only if there are compressed images.
+  take `positions`; batch holds the text only if there are compressed images,
+  and the text behind the image if that is a kept one.
   """
   model: Llava
   batch: Batch
@@ -183,21 +255,26 @@ class Row(NamedTuple):
   prune: PruneOptions | None = None
   compressed: CompressedImages | None = None
   voco_positions: np.ndarray | None = None
+  kept: KeptImage | None = None
 
 
 def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
-             method: str, num_voco_tokens: int | None) -> Row:
+            method: str, num_voco_tokens: int | None) -> Row:
   """Lays a prompt out; compresses pictures that are not yet (voco)."""
   check(isinstance(images, (list, tuple)),
         f'images is a {type(images).__name__}; give a list of pictures')
   method, template, config = vlm.method(method), vlm.template(), vlm.config
   given = [i for i in images if isinstance(i, CompressedImage)]
+  kept = [i for i in images if isinstance(i, KeptImage)]
   check(method == 'voco' or not given, 'a compressed image can only be read '
         f'with method voco, not {method}; give the picture itself')
+  check(not kept or method == 'atp' and len(images) == 1, 'a kept image can '
+        f'only be read with method atp and alone, not with method {method} and '
+        f'{len(images)} image(s); give the picture itself')
   check(method == 'voco' or num_voco_tokens is None,
         f'num_voco_tokens={num_voco_tokens} has no meaning for method {method}')
-  check(all(i.vlm is vlm for i in given), 'a compressed image comes from '
-        'another model; compress it with this one')
+  check(all(i.vlm is vlm for i in given + kept), 'a compressed or kept image '
+        'comes from another model; make it with this one')
   if method == 'voco' and images:
     if num_voco_tokens is None and given:
       num_voco_tokens = given[0].num_voco_tokens
@@ -212,12 +289,28 @@ def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
     config = dataclasses.replace(config, voco=None, atp=None)
   row = prompt_row(prompt, len(images), vlm.tokenizer, config, template)
   shape = (0, config.num_patches, config.vision.hidden_size)
+  if kept:
+    return _kept_row(vlm, row, kept[0], np.zeros(shape))
   features = [vlm.features(i) for i in images]
   size = len(row['input_ids'])
   batch = make_batch([row], [np.stack(features) if images else np.zeros(shape)],
                      length=_padded(size), num_images=len(images))
   return Row(Llava(config), batch, size, int(row['positions'][-1]) + 1,
-              PruneOptions() if method == 'atp' and images else None)
+             PruneOptions() if method == 'atp' and images else None)
+
+
+def _kept_row(vlm: Vlm, row: dict[str, np.ndarray], image: KeptImage,
+              no_features: np.ndarray) -> Row:
+  """The text behind an image that was pruned before."""
+  end, size = _image_end(row), len(row['input_ids'])
+  check(_ids(vlm, row, end) == image.prefix_ids, 'the prompt has other text '
+        'in front of the image than the prompt that it was kept for')
+  check(end < size, 'no text follows the image')
+  text = {name: values[end:] for name, values in row.items()}
+  batch = make_batch([text], [no_features], length=_padded(size - end),
+                     num_images=0)
+  return Row(vlm.model, batch, size - end, int(row['positions'][-1]) + 1,
+             kept=image)
 
 
 def _compressed_row(vlm: Vlm, row: dict[str, np.ndarray],
@@ -235,7 +328,7 @@ def _compressed_row(vlm: Vlm, row: dict[str, np.ndarray],
                                  values=along(*[s.values for s in states]))
   size = int(split.text.valid[0].sum())
   return Row(vlm.model, split.text, size, int(row['positions'][-1]) + 1,
-              compressed=compressed, voco_positions=split.voco_positions)
+             compressed=compressed, voco_positions=split.voco_positions)
 
 
 def _split(row: dict[str, np.ndarray], config: LlavaConfig, num_images: int
@@ -246,6 +339,17 @@ def _split(row: dict[str, np.ndarray], config: LlavaConfig, num_images: int
                      num_images=num_images)
   length = int((batch.image_ids == 0).sum())
   return split_voco(batch, config, _padded(length))
+
+
+def prefill(vlm: Vlm, row: Row, room: int) -> Prefilled:
+  """Runs a prompt; `room` new tokens can follow, or a few more."""
+  room = _padded(room)  # few numbers, few programs
+  if row.compressed is not None:
+    return vlm.segmented.read(row.batch, row.compressed, row.voco_positions, room)
+  if row.kept is not None:
+    before = sum(i != vlm.config.image_token_index for i in row.kept.prefix_ids)
+    return vlm.segmented.read_kept(row.batch, row.kept.state, before, room)
+  return vlm.segmented.prefill(row.batch, row.prune, room)
 
 
 def _padded(size: int) -> int:
@@ -267,10 +371,3 @@ def voco_count(config: LlavaConfig, count: int | None) -> int:
 @functools.partial(jax.jit, static_argnums=0)
 def _vision(model: Llava, params: Any, pixels: jax.Array) -> jax.Array:
   return model.apply({'params': params}, pixels, method='vision_features')
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _compress(model: Llava, params: Any, features: jax.Array,
-              segment_ids: tuple[int, ...], count: int) -> CompressedImages:
-  return model.apply({'params': params}, features, segment_ids, count,
-                     method='compress_images')

@@ -62,8 +62,8 @@ def _run(q, k, mask, inputs):
   state = atp.initial_state(inputs)
   for module in range(len(inputs.config.prune_after)):
     module_mask, bias = atp.masked_by_keep(state.keep, inputs, mask)
-    state = atp.prune(state, jnp.int32(module), q, k, module_mask, bias,
-                      inputs)
+    state = atp.prune(state, jnp.int32(module), q, k, None, module_mask,
+                      bias, inputs)
   return state
 
 
@@ -276,8 +276,8 @@ def test_no_prompt_and_cross_scores_only_still_keeps_a_token():
   mask = jnp.tril(jnp.ones((2, 21, 21), bool))
   state = atp.initial_state(inputs).replace(keep=keep)
   mask, bias = atp.masked_by_keep(keep, inputs, mask)
-  after = jax.jit(atp.prune)(state, jnp.int32(1), q, q[:, :, :2], mask, bias,
-                             inputs)
+  after = jax.jit(atp.prune)(state, jnp.int32(1), q, q[:, :, :2], None, mask,
+                             bias, inputs)
   np.testing.assert_array_equal(np.asarray(after.keep).sum(-1), [[1], [1]])
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from vlm_compress.compress.importance import cross_queries, normalise, received_attention
-from vlm_compress.nn.masks import causal_mask
+from vlm_compress.nn.attention import attention_and_lse
+from vlm_compress.nn.masks import Causal, causal_mask
 
 B, T, N, K, H = 2, 21, 4, 2, 8
 
@@ -63,16 +64,57 @@ def _by_definition(q, k, mask, bias, image_ids, visual_weight, prompt_weight):
 
 @functools.partial(jax.jit, static_argnames='block_size')
 def _scores(inputs, block_size=256):
-  return received_attention(**inputs, block_size=block_size)
+  return received_attention(**{'lse': None, **inputs}, block_size=block_size)
+
+
+def _saved(inputs):
+  """The same inputs with the log-sum-exp that attention leaves behind."""
+  v = np.zeros_like(inputs['k'])
+  _, lse = attention_and_lse(inputs['q'], inputs['k'], v, inputs['mask'],
+                             inputs['bias'])
+  return {**inputs, 'lse': np.asarray(lse)}
 
 
 @pytest.mark.parametrize('soft', [False, True])
-def test_equals_the_definition(soft):
+@pytest.mark.parametrize('block_size', [5, 256])
+def test_equals_the_definition(soft, block_size):
   inputs = _inputs(soft=soft)
   want = _by_definition(**inputs)
-  got = np.stack(_scores(inputs))
   assert want[0].max() > 0.05 and want[1].max() > 0.05
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+  for given in (inputs, _saved(inputs)):
+    got = np.stack(_scores(given, block_size))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('block_size', [4, 5, 21, 256])
+def test_a_mask_that_nobody_stores(block_size):
+  """Blocks of a causal mask leave out the keys behind them."""
+  inputs = _saved(_inputs())
+  causal = {**inputs, 'mask': Causal(inputs['mask'][:, -1])}
+  np.testing.assert_array_equal(np.asarray(causal['mask'].dense(T)),
+                                inputs['mask'])
+  np.testing.assert_allclose(np.stack(_scores(causal, block_size)),
+                             _by_definition(**_inputs()), rtol=1e-5, atol=1e-6)
+
+
+def test_the_saved_log_sum_exp_is_used():
+  inputs = _saved(_inputs())
+  louder = {**inputs, 'lse': inputs['lse'] - np.log(2.0, dtype=np.float32)}
+  np.testing.assert_allclose(np.stack(_scores(louder)),
+                             2 * np.stack(_scores(inputs)), rtol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_square():
+  """Temporaries at 4 times the tokens: 4 times as much, not 16 times."""
+  def temporaries(T):
+    shaped = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+    ids = jax.ShapeDtypeStruct((1, T), np.int32)
+    mask = Causal(jax.ShapeDtypeStruct((1, T), bool))
+    run = jax.jit(lambda *a: received_attention(*a, block_size=64))
+    compiled = run.lower(shaped(1, T, 8, 8), shaped(1, T, 8, 8), shaped(1, T, 8),
+                         mask, None, ids, shaped(1, T), shaped(1, T)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+  assert temporaries(2048) < 6 * temporaries(512) < 8 * 2048 * 2048 * 4
 
 
 @pytest.mark.parametrize('block_size', [1, 4, 7, 20])
@@ -124,7 +166,7 @@ def test_flat_attention_favours_early_tokens_by_a_known_factor():
   zeros = np.zeros((1, 64, 1, 4), np.float32)
   ones = np.ones((1, 64), np.float32)
   mask = np.tril(np.ones((1, 64, 64), bool))
-  score, _ = received_attention(zeros, zeros, mask, None,
+  score, _ = received_attention(zeros, zeros, None, mask, None,
                                 ones.astype(np.int32), ones, ones)
   want = np.array([(1 / np.arange(j, 65)).sum() / (65 - j)
                    for j in range(1, 65)])

@@ -34,11 +34,10 @@ from vlm_compress.config import (
 from vlm_compress.eval import efficiency
 from vlm_compress.models import clip_vit, llava, sequence
 from vlm_compress.models.llava import PruneOptions
+from vlm_compress.models.segments import capacity_ladder
 from vlm_compress.train import loop, optimizer, steps
 from vlm_compress.train.loop import fit, start_params
 from vlm_compress.train.recipe import Recipe
-
-# ----------------------------------------------------------- what can be seen
 
 
 def shapes(config):
@@ -126,7 +125,7 @@ def default_shift(config):
   batch = helpers.batch([Sample((BOS, IMAGE, 6))], config, length=20,
                         num_images=1)
   return float(model.apply({'params': params}, batch, PruneOptions(),
-                           method='_prune_inputs').threshold_shift)
+                           method='prune_inputs').threshold_shift)
 
 
 def row(config):
@@ -173,15 +172,19 @@ def dtypes(config):
   return str(hidden.dtype)
 
 
-def recomputes(config):
-  """Whether the program marks layers for recomputation."""
+def program(config):
+  """The program of a forward pass, as text."""
   model = llava.Llava(config)
   batch = llava.example_batch(config)
   params = nn.unbox(jax.eval_shape(
       lambda key: llava.init_params(model, key), jax.random.key(0)))
-  program = jax.make_jaxpr(
-      lambda p: model.apply({'params': p}, batch)[0])(params)
-  return 'remat' in str(program) or 'checkpoint' in str(program)
+  return str(jax.make_jaxpr(
+      lambda p: model.apply({'params': p}, batch)[0])(params))
+
+
+def recomputes(config):
+  """Whether the program marks layers for recomputation."""
+  return 'remat' in program(config) or 'checkpoint' in program(config)
 
 
 def voco_costs(config):
@@ -198,15 +201,12 @@ def step_of_stage(config):
     return str(e)
 
 
-# ------------------------------------------------------------------- probes
-
 PLAIN = helpers.tiny()
 VOCO_MODEL = helpers.voco_config(2)
 ATP = helpers.atp_config()
 FIXED = helpers.atp_config(selector='uniform', fixed_counts=(8, 4, 2))
 POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
-CLIP_128 = helpers.tiny(vision=VisionConfig(
-    image_size=128, patch_size=16, hidden_size=112, num_attention_heads=4))
+CLIP_128 = helpers.tiny(vision=VisionConfig(image_size=128, patch_size=16, hidden_size=112))
 
 # field -> (base, changed value, what it changes)
 PROBES = {
@@ -259,7 +259,8 @@ PROBES = {
         'lambda_target': (ATP, 0.5, budget),
         'temperature_start': (ATP, 5.0, temperatures),
         'temperature_end': (ATP, 50.0, temperatures),
-        'threshold_shift': (ATP, 0.5, default_shift)},
+        'threshold_shift': (ATP, 0.5, default_shift),
+        'capacities': (ATP, (5,), capacity_ladder)},
     LlavaConfig: {
         'vision': (PLAIN, CLIP_128.vision, tower),
         'text': (PLAIN, TextConfig(), shapes),
@@ -275,7 +276,8 @@ PROBES = {
                                           num_query_tokens=4), 2, shapes),
         'dtype': (PLAIN, 'bfloat16', dtypes),
         'param_dtype': (PLAIN, 'bfloat16', shapes),
-        'remat': (PLAIN, True, recomputes)},
+        'remat': (PLAIN, True, recomputes),
+        'attention_implementation': (PLAIN, 'jax', program)},
 }
 _PART = {VisionConfig: 'vision', TextConfig: 'text', VocoConfig: 'voco',
          AtpConfig: 'atp'}

@@ -58,7 +58,7 @@ def keep_maps(loaded: Vlm, example: Example, features: np.ndarray,
         'name the directory of an ATP model')
   batch = _prompt(loaded, example, features, question, template, 0)
   prune = _options(config, threshold_shift, seed)
-  result = _generate(loaded.model, loaded.params, batch, prune,
+  result = _generate(loaded.model, loaded.on_device, batch, prune,
                      max_new_tokens, loaded.tokenizer.eos_id)
   pruned = result.outputs.prune
   grid = (len(config.atp.prune_after),) + (config.vision.grid_size,) * 2
@@ -115,7 +115,7 @@ def attention_to_image(loaded: Vlm, example: Example, features: np.ndarray,
   prune = None
   if config.atp is not None:
     prune = _options(config, threshold_shift)
-  maps = np.asarray(_attention(loaded.model, loaded.params, batch, prune,
+  maps = np.asarray(_attention(loaded.model, loaded.on_device, batch, prune,
                                mask))[:, 0]
   types, slots = batch.token_types[0], batch.visual_slots[0]
   looks = _mean_rows(maps, batch.prompt_mask[0])

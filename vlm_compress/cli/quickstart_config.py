@@ -17,8 +17,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from vlm_compress.config import prune_after_for
 from vlm_compress.data.rows import RowSpec
+from vlm_compress.presets import prune_after_for
 from vlm_compress.train.recipe import Recipe
 
 STAGES = ('align', 'instruct', 'voco8', 'voco1', 'atp')

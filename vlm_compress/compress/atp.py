@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from vlm_compress.compress.importance import normalise, received_attention
 from vlm_compress.compress.spatial import spatial_scores, uniform_order
 from vlm_compress.config import AtpConfig
+from vlm_compress.nn.masks import Causal
 
 # A key whose soft mask is below this is not attended to at all.  With a bias of
 # log(M + eps) alone, training learns attention logits that outweigh log(eps),
@@ -188,6 +189,26 @@ def initial_state(inputs: PruneInputs) -> PruneState:
                     redundancy=jnp.zeros((L, B, I, P)))
 
 
+def canvas_index(visual_slots: jax.Array, shape: tuple[int, int, int]
+                 ) -> jax.Array:
+  """Where each visual token stands in its row; 0 for those that do not.
+
+  Args:
+    visual_slots: int32[B, T].
+    shape: (B, I, P).
+
+  Returns:
+    int32[B, I, P].
+  """
+  B, I, P = shape
+  # Tokens without a slot fall off the canvas' end.
+  target = jnp.where(visual_slots >= 0, visual_slots, I * P)
+  index = jnp.zeros((B, I * P + 1), jnp.int32)
+  index = index.at[jnp.arange(B)[:, None], target].set(
+      jnp.arange(visual_slots.shape[1], dtype=jnp.int32))
+  return index[:, :-1].reshape(shape)
+
+
 def token_keep(keep: jax.Array, inputs: PruneInputs) -> jax.Array:
   """Keep mask of all tokens, float32[B, T]; 1 for everything but visual."""
   B = keep.shape[0]
@@ -231,14 +252,15 @@ def straight_through_keep(keep: jax.Array, inputs: PruneInputs) -> jax.Array:
 
 
 def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
-          mask: jax.Array, bias: jax.Array | None, inputs: PruneInputs
-          ) -> PruneState:
+          lse: jax.Array | None, mask: jax.Array | Causal,
+          bias: jax.Array | None, inputs: PruneInputs) -> PruneState:
   """Runs module number `module` after a layer.
 
   Args:
     state: masks so far.
     module: int32[], index of the module.
     q: float[B, T, N, H], k: float[B, T, K, H], rotated, of that layer.
+    lse: float32[B, T, N] of its attention, or None.
     mask, bias: as that layer used them.
     inputs: everything else.
 
@@ -251,7 +273,7 @@ def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
       x, inputs.visual_index.reshape(x.shape[0], -1), axis=1
   ).reshape(keep.shape)
   raw = received_attention(
-      q, k, mask, bias, inputs.image_ids,
+      q, k, lse, mask, bias, inputs.image_ids,
       token_keep(keep, inputs) * is_visual, inputs.prompt_weight)
   self_score, cross_score = (
       normalise(on_canvas(x), keep, config.score_norm) for x in raw)

@@ -10,8 +10,9 @@ tokens, the first scores 4.7 times the last.  Dividing by what flat attention
 would give removes it, but then late tokens win, which few see besides
 themselves.
 
-No B x N x T x S map is stored: queries are taken in blocks and reduced to
-column sums, so memory is O(block * S).
+No B x N x T x S map is stored: queries are taken in blocks, their
+probabilities are computed again from the log-sum-exp that attention saved, and
+reduced to column sums, so memory is O(block * S).
 """
 
 from __future__ import annotations
@@ -19,21 +20,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from vlm_compress.nn.attention import attention_probs
+from vlm_compress.nn.attention import attention_probs, block_groups
+from vlm_compress.nn.masks import Causal
 
 _EPS = 1e-9
 
 
-def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
-                       bias: jax.Array | None, image_ids: jax.Array,
-                       visual_weight: jax.Array, prompt_weight: jax.Array,
-                       block_size: int = 256) -> tuple[jax.Array, jax.Array]:
+def received_attention(q: jax.Array, k: jax.Array, lse: jax.Array | None,
+                       mask: jax.Array | Causal, bias: jax.Array | None,
+                       image_ids: jax.Array, visual_weight: jax.Array,
+                       prompt_weight: jax.Array, block_size: int = 128
+                       ) -> tuple[jax.Array, jax.Array]:
   """Mean attention that every token receives from image and from prompt.
 
   Args:
     q: float[B, T, N, H], rotated queries of the layer just run.
     k: float[B, T, K, H], rotated keys.
-    mask: bool[B, T, T], bias: float32[B, T, T] or None; as the layer used.
+    lse: float32[B, T, N] that the layer's attention left; None computes it.
+    mask: bool[B, T, T] or Causal; bias: float32[B, T, T] or None; as the
+      layer used.
     image_ids: int32[B, T], >= 1 for tokens of an image.
     visual_weight: float32[B, T], 1 for kept visual queries, 0 for the rest
       (in between while masks are soft).
@@ -46,30 +51,48 @@ def received_attention(q: jax.Array, k: jax.Array, mask: jax.Array,
   T = q.shape[1]
   block_size = min(block_size, T)
   num_blocks = -(-T // block_size)
+  causal = isinstance(mask, Causal) and bias is None
+  if isinstance(mask, Causal) and not causal:
+    mask = mask.dense(T)
 
-  def block_sums(index):
+  def block(index, keys):
     # The last block is moved back to fit; its double rows weigh nothing.
     start = jnp.minimum(index * block_size, T - block_size)
-    take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block_size, 1)
     fresh = start + jnp.arange(block_size) >= index * block_size
-    block_mask = take(mask)
-    block_bias = None if bias is None else take(bias)
-    probs = attention_probs(take(q), k, block_mask, block_bias)
-    probs = jnp.mean(probs, axis=(1, 2)) * block_mask
-    same_image = take(image_ids)[:, :, None] == image_ids[:, None, :]
-    visual = (take(visual_weight) * fresh)[:, :, None] * same_image
-    prompt = (take(prompt_weight) * fresh)[:, :, None]
-    return jnp.stack([
-        jnp.sum(probs * visual, axis=1), jnp.sum(block_mask * visual, axis=1),
-        jnp.sum(probs * prompt, axis=1), jnp.sum(block_mask * prompt, axis=1)])
+    take = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(
+        x, start, block_size, 1)
+    block_mask = (take(mask) if not causal else mask.valid[:, None, :keys] & (
+        jnp.arange(keys) <= start + jnp.arange(block_size)[:, None]))
+    return _column_sums(
+        take(q), k[:, :keys], take(lse), block_mask, take(bias),
+        take(image_ids)[:, :, None] == image_ids[:, None, :keys],
+        take(visual_weight) * fresh, take(prompt_weight) * fresh)
 
-  if num_blocks == 1:
-    sums = block_sums(jnp.int32(0))
-  else:
-    sums = jnp.sum(jax.lax.map(block_sums, jnp.arange(num_blocks)), axis=0)
+  # Keys behind the queries of a group of blocks are left out where that is
+  # known; inside a group blocks follow one another, so only one is in memory.
+  sums = jnp.zeros((4, q.shape[0], T))
+  for first, last in block_groups(num_blocks) if causal else [(0, num_blocks)]:
+    keys = min(last * block_size, T) if causal else T
+    add = lambda sums, index, keys=keys: (
+        sums.at[..., :keys].add(block(index, keys)), None)
+    sums = (add(sums, first)[0] if last - first == 1 else
+            jax.lax.scan(add, sums, jnp.arange(first, last))[0])
   self_score = sums[0] / jnp.maximum(sums[1], _EPS)
   cross_score = sums[2] / jnp.maximum(sums[3], _EPS)
   return self_score, cross_score
+
+
+def _column_sums(q, k, lse, mask, bias, same_image, visual_weight,
+                 prompt_weight) -> jax.Array:
+  """float32[4, B, S]: attention to each key and number of queries that see
+  it, weighted as visual queries of its image and as prompt queries.
+  """
+  probs = jnp.mean(attention_probs(q, k, mask, bias, lse), axis=(1, 2)) * mask
+  visual = visual_weight[:, :, None] * same_image
+  prompt = prompt_weight[:, :, None]
+  return jnp.stack([
+      jnp.sum(probs * visual, axis=1), jnp.sum(mask * visual, axis=1),
+      jnp.sum(probs * prompt, axis=1), jnp.sum(mask * prompt, axis=1)])
 
 
 def cross_queries(prompt_mask: jax.Array, which: str) -> jax.Array:

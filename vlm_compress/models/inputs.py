@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vlm_compress.config import LlavaConfig
 from vlm_compress.nn.rope import rope
 
 
@@ -56,6 +57,42 @@ class CompressedImages:
   keys: jax.Array
   values: jax.Array
   positions: jax.Array
+
+
+@flax.struct.dataclass
+class KeptTokens:
+  """What ATP leaves of an image and of the text in front of it (ours).
+
+  Later questions read it as the first one left it: a causal decoder's states
+  of these tokens do not depend on the text behind them, only the choice does.
+
+  Attributes:
+    keys, values: per segment float[m, S, K, H] of its m layers, keys rotated;
+      S differs between segments.
+  """
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+
+
+def voco_states(config: LlavaConfig, shape: tuple[int, int], keys: jax.Array,
+                values: jax.Array, num_voco_tokens: int) -> CompressedImages:
+  """What text may read of compression segments that have been run.
+
+  Args:
+    config: of the model.
+    shape: (B, I).
+    keys, values: float[M, B * I, S1, K, H], of BOS, P visual tokens, newline
+      and VoCo tokens.
+    num_voco_tokens: C.
+  """
+  P, S1 = config.num_visual_tokens, keys.shape[2]
+  kept = [*range(S1 - num_voco_tokens, S1)]
+  if config.voco.text_sees_prefix:
+    kept = [0, *range(1 + P, S1 - num_voco_tokens)] + kept
+  per_image = lambda y: y[:, :, jnp.asarray(kept)].reshape(
+      y.shape[0], *shape, len(kept), *y.shape[3:])
+  return CompressedImages(keys=per_image(keys), values=per_image(values),
+                          positions=jnp.asarray(kept))
 
 
 def place(images: CompressedImages, image_valid: jax.Array,

@@ -33,7 +33,7 @@ class LanguageModel(nn.Module):
             nn.initializers.normal(text.initializer_range),
             ('vocab', 'embed')))
     self.stack = LayerStack(text, dtype, param_dtype, self.config.remat,
-                            self.unroll)
+                            self.unroll, self.config.attention_implementation)
     nn.share_scope(self, self.stack)
     self.norm = RMSNorm(text.rms_norm_eps, param_dtype)
     if not text.tie_word_embeddings:

@@ -67,6 +67,7 @@ class _Body(nn.Module):
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  implementation: str
 
   @nn.compact
   def __call__(self, carry, per_layer, shared):
@@ -86,14 +87,17 @@ class _Body(nn.Module):
     if earlier is not None:
       readable = shared.earlier_mask & earlier_keep[:, None, :]
       mask = jnp.concatenate([readable, mask], axis=2)
-    layer = DecoderLayer(self.config, self.dtype, self.param_dtype)
+    layer = DecoderLayer(self.config, self.dtype, self.param_dtype,
+                         self.implementation)
     nn.share_scope(self, layer)
-    x, (q, k, v) = layer(x, shared.positions, mask, bias, earlier,
+    x, (q, k, v, lse) = layer(x, shared.positions, mask, bias, earlier,
                          shared.read_shift, keep)
     if shared.prune is not None:
+      # Where attention had another mask than scores have, so is its lse.
+      own_lse = None if keep is not None or earlier is not None else lse
       state = jax.lax.cond(
           module >= 0,
-          lambda s: atp.prune(s, module, q, k, own_mask, own_bias,
+          lambda s: atp.prune(s, module, q, k, own_lse, own_mask, own_bias,
                               shared.prune),
           lambda s: s, state)
     maps = None
@@ -132,12 +136,14 @@ class LayerStack(nn.Module):
     remat: recompute layers in the backward pass.
     unroll: layers per scan step; M makes a program without a loop, in which
       the compiler counts every FLOP.
+    implementation: of attention; see nn.kernels.
   """
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   remat: bool = False
   unroll: int = 1
+  implementation: str = 'auto'
 
   @nn.compact
   def __call__(self, x: jax.Array, shared: StackInputs,
@@ -168,7 +174,8 @@ class LayerStack(nn.Module):
                    metadata_params={nn.PARTITION_NAME: 'layers'})
     state = atp.initial_state(shared.prune) if shared.prune else None
     (x, state), (k, v, entering, maps) = scan(
-        self.config, self.dtype, self.param_dtype, name='layers')(
+        self.config, self.dtype, self.param_dtype, self.implementation,
+        name='layers')(
             (x, state), (schedule, earlier, earlier_keep), shared)
     return x, StackOutputs(keys=k, values=v, entering=entering, prune=state,
                            attention=maps)

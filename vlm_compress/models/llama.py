@@ -6,16 +6,32 @@ makes none.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vlm_compress.config import TextConfig
-from vlm_compress.nn.attention import attention
+from vlm_compress.nn.attention import attention_and_lse
 from vlm_compress.nn.linear import linear
 from vlm_compress.nn.norms import RMSNorm
 from vlm_compress.nn.rope import rope
 from vlm_compress.sharding import constrain
+
+
+class LayerState(NamedTuple):
+  """What attention of a layer leaves behind.
+
+  Attributes:
+    q: float[B, T, N, H], k and v: float[B, T, K, H], of the row's own tokens;
+      q and k rotated.  With `write_at`, k and v are the whole buffers.
+    lse: float32[B, T, N], see `attention_and_lse`.
+  """
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  lse: jax.Array
 
 
 class Attention(nn.Module):
@@ -24,14 +40,17 @@ class Attention(nn.Module):
   Attributes:
     config: sizes.
     dtype, param_dtype: of activations and of parameters.
+    implementation: of attention; see nn.kernels.
   """
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  implementation: str = 'auto'
 
   @nn.compact
-  def __call__(self, x, positions, mask, bias, earlier, read_shift, keep):
-    """See DecoderLayer; returns output, rotated q, rotated k and v."""
+  def __call__(self, x, positions, mask, bias, earlier, read_shift, keep,
+               write_at):
+    """See DecoderLayer; returns its output and its LayerState."""
     cfg = self.config
     B, T, _ = x.shape
     N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.size_per_head
@@ -51,14 +70,21 @@ class Attention(nn.Module):
       moved = rope(k, read_shift, cfg.rope_theta)
       all_k = jnp.concatenate([k, moved], axis=1)
       all_v = jnp.concatenate([v, v], axis=1)
-    if earlier is not None:
+    if write_at is not None:
+      k, v = (jax.lax.dynamic_update_slice(
+          buffer, new.astype(buffer.dtype), (0, write_at, 0, 0))
+              for buffer, new in zip(earlier, (k, v)))
+      all_k, all_v = k.astype(q.dtype), v.astype(q.dtype)
+    elif earlier is not None:
       all_k = jnp.concatenate([earlier[0].astype(k.dtype), all_k], axis=1)
       all_v = jnp.concatenate([earlier[1].astype(v.dtype), all_v], axis=1)
-    out = attention(q, all_k, all_v, mask, bias, keep).reshape(B, T, N * H)
+    out, lse = attention_and_lse(q, all_k, all_v, mask, bias, keep,
+                                 self.implementation)
+    out = out.reshape(B, T, N * H)
     out = linear(cfg.hidden_size, ('heads', 'embed'), name='o_proj',
                  std=cfg.initializer_range, dtype=self.dtype,
                  param_dtype=self.param_dtype)(out)
-    return out, (q, k, v)
+    return out, LayerState(q, k, v, lse)
 
 
 class MLP(nn.Module):
@@ -88,37 +114,44 @@ class DecoderLayer(nn.Module):
   Attributes:
     config: sizes.
     dtype, param_dtype: of activations and of parameters.
+    implementation: of attention; see nn.kernels.
   """
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  implementation: str = 'auto'
 
   @nn.compact
   def __call__(self, x, positions, mask, bias=None, earlier=None,
-               read_shift=None, keep=None):
+               read_shift=None, keep=None, write_at=None):
     """Runs the layer.
 
     Args:
       x: float[B, T, D].
       positions: int32[B, T].
-      mask: bool[B, T, S], S = earlier tokens + T (+ T with read_shift).
+      mask: bool[B, T, S] or Causal, S = earlier tokens + T (+ T with
+        read_shift).
       bias: float32[B, T, S] or None.
       earlier: rotated keys and values of earlier tokens,
         float[B, ., K, H] each, or None.
       read_shift: int32[B, T] or None.  If given, every key stands twice in
         S: first at its position, then at its position plus this, and the mask
         says which query reads which copy.
-      keep: float32[B, T, S] or None; see `attention`.
+      keep: float32[B, T, S] or None; see `attention_and_lse`.
+      write_at: int32[] or None.  If given, `earlier` are buffers of S tokens
+        into which the keys and values of this row's T tokens are written,
+        from this place on, instead of being put behind them.
 
     Returns:
-      float[B, T, D] and (q, k, v) of this row's tokens, q and k rotated.
+      float[B, T, D] and LayerState.
     """
     cfg = self.config
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     norm = lambda name: RMSNorm(cfg.rms_norm_eps, self.param_dtype, name=name)
-    attended, qkv = Attention(cfg, name='self_attn', **kinds)(
-        norm('input_layernorm')(x), positions, mask, bias, earlier, read_shift,
-        keep)
+    attended, state = Attention(
+        cfg, name='self_attn', implementation=self.implementation, **kinds)(
+            norm('input_layernorm')(x), positions, mask, bias, earlier,
+            read_shift, keep, write_at)
     x = x + attended
     x = x + MLP(cfg, name='mlp', **kinds)(norm('post_attention_layernorm')(x))
-    return constrain(x, 'batch', 'length', 'act_embed'), qkv
+    return constrain(x, 'batch', 'length', 'act_embed'), state

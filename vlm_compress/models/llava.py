@@ -18,7 +18,13 @@ from vlm_compress.compress.importance import cross_queries
 from vlm_compress.compress.voco import hidden_from_text, voco_mask
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.models.clip_vit import ClipVisionTower
-from vlm_compress.models.inputs import CompressedImages, Prefix, PruneOptions, place
+from vlm_compress.models.inputs import (
+  CompressedImages,
+  Prefix,
+  PruneOptions,
+  place,
+  voco_states,
+)
 from vlm_compress.models.language_model import LanguageModel
 from vlm_compress.models.layer_stack import StackInputs, StackOutputs
 from vlm_compress.models.projector import Projector
@@ -123,25 +129,21 @@ class Llava(nn.Module):
                      batch.token_types == VISUAL, batch.image_ids,
                      batch.turn_ids, self.config.voco.text_sees_prefix)
 
-  def _prune_inputs(self, batch: Batch, options: PruneOptions
-                    ) -> atp.PruneInputs:
+  def prune_inputs(self, batch: Batch, options: PruneOptions
+                   ) -> atp.PruneInputs:
+    """What the pruning modules need to know about a batch."""
     cfg = self.config
     B, I = batch.features.shape[:2]
     P = cfg.num_visual_tokens
-    slots = batch.visual_slots
-    # Scatter positions to the canvas; tokens without a slot fall off its end.
-    target = jnp.where(slots >= 0, slots, I * P)
-    index = jnp.zeros((B, I * P + 1), jnp.int32)
-    index = index.at[jnp.arange(B)[:, None], target].set(
-        jnp.arange(slots.shape[1]))[:, :-1].reshape(B, I, P)
     row_ids = options.row_ids
     row_ids = jnp.zeros(B, jnp.int32) if row_ids is None else row_ids
     shift = options.threshold_shift
     shift = cfg.atp.threshold_shift if shift is None else shift
     return atp.PruneInputs(
         heads=self.atp() if cfg.atp.selector == 'adaptive' else None,
-        visual_index=index, image_valid=batch.image_valid,
-        visual_slots=slots, image_ids=batch.image_ids,
+        visual_index=atp.canvas_index(batch.visual_slots, (B, I, P)),
+        image_valid=batch.image_valid,
+        visual_slots=batch.visual_slots, image_ids=batch.image_ids,
         prompt_weight=cross_queries(batch.prompt_mask, cfg.atp.cross_queries),
         order=atp.selection_order(cfg.atp.selector, (B, I, P),
                                   cfg.vision.grid_size, row_ids,
@@ -173,7 +175,7 @@ class Llava(nn.Module):
         positions=batch.positions, mask=self._mask(batch, mask),
         read_shift=shift,
         reads=batch.image_ids == 0 if several else None,
-        prune=self._prune_inputs(batch, prune) if prune is not None else None,
+        prune=self.prune_inputs(batch, prune) if prune is not None else None,
         collect=collect)
     return self.language_model(x, shared)
 
@@ -199,24 +201,24 @@ class Llava(nn.Module):
       BOS and the newline) where they stand in the segment.
     """
     B, I = features.shape[:2]
+    x = self.segment_input(features, segment_ids, num_voco_tokens)
+    ones = jnp.ones(x.shape[:2], bool)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    _, out = self.language_model(x, StackInputs(
+        positions=positions, mask=causal_mask(ones, jnp.zeros_like(positions))))
+    return voco_states(self.config, (B, I), out.keys, out.values,
+                       num_voco_tokens)
+
+  def segment_input(self, features: jax.Array, segment_ids: tuple[int, ...],
+                    num_voco_tokens: int) -> jax.Array:
+    """Embeddings of compression segments, float[B * I, S1, D]."""
+    B, I = features.shape[:2]
     C, P, S1 = num_voco_tokens, self.config.num_visual_tokens, len(segment_ids)
     visual = self.visual_tokens(features).reshape(B * I, P, -1)
     x = self.language_model.embed(jnp.asarray(segment_ids))
     x = jnp.broadcast_to(x, (B * I, *x.shape))
     x = x.at[:, 1:1 + P].set(visual.astype(x.dtype))
-    x = x.at[:, S1 - C:].set(self._voco_rows(jnp.arange(C)).astype(x.dtype))
-    ones = jnp.ones((B * I, S1), bool)
-    positions = jnp.broadcast_to(jnp.arange(S1), (B * I, S1))
-    _, out = self.language_model(x, StackInputs(
-        positions=positions, mask=causal_mask(ones, jnp.zeros_like(positions))))
-    kept = [*range(S1 - C, S1)]
-    if self.config.voco.text_sees_prefix:
-      kept = [0, *range(1 + P, S1 - C)] + kept
-    per_image = lambda y: y[:, :, jnp.asarray(kept)].reshape(
-        y.shape[0], B, I, len(kept), *y.shape[3:])
-    return CompressedImages(keys=per_image(out.keys),
-                            values=per_image(out.values),
-                            positions=jnp.asarray(kept))
+    return x.at[:, S1 - C:].set(self._voco_rows(jnp.arange(C)).astype(x.dtype))
 
   def compress(self, features: jax.Array, image_valid: jax.Array,
                segment_ids: tuple[int, ...], voco_positions: jax.Array
@@ -255,6 +257,14 @@ class Llava(nn.Module):
     prefix = self.compress(batch.text.features, batch.text.image_valid,
                            batch.segment_ids, batch.voco_positions)
     return self.read(batch.text, prefix)[0]
+
+  def embed_text(self, input_ids: jax.Array) -> jax.Array:
+    """int32[B, T] -> float[B, T, D]."""
+    return self.language_model.embed(input_ids)
+
+  def head(self, x: jax.Array) -> jax.Array:
+    """Final norm and logits, float[..., D] -> float32[..., V]."""
+    return self.language_model.logits(self.language_model.norm(x))
 
   def prefill(self, batch: Batch, *, mask: str = 'causal',
               prune: PruneOptions | None = None

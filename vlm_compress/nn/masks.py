@@ -5,8 +5,31 @@ True = may attend.
 
 from __future__ import annotations
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Causal:
+  """A causal mask as what it is made of, so that nobody has to store it.
+
+  The T queries are the last T of the S keys; each sees the valid keys up to
+  and including itself.  Two queries behind one earlier key:
+
+    q 1 1 .
+    q 1 1 1
+
+  Attributes:
+    valid: bool[B, S], False for padding.
+  """
+  valid: jax.Array
+
+  def dense(self, num_queries: int) -> jax.Array:
+    """bool[B, T, S] for T queries."""
+    S = self.valid.shape[1]
+    last = jnp.arange(S - num_queries, S)[:, None]
+    return (jnp.arange(S) <= last) & self.valid[:, None, :]
 
 
 def causal_mask(valid: jax.Array, group_ids: jax.Array) -> jax.Array:

@@ -1,0 +1,59 @@
+"""Prompts that have been read, and how many slots that took."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_compress.config import LlavaConfig
+from vlm_compress.models.segments import Pruning, SegmentCache
+from vlm_compress.models.sequence import VISUAL, Batch
+
+TEXT_STEP = 8  # slots for text come in multiples of this
+
+
+@dataclasses.dataclass
+class Prefilled:
+  """Prompts that have been read, ready to be continued.
+
+  Attributes:
+    logits: float32[B, V], of the next token.
+    positions: int32[B], of the next token.
+    caches: of each segment.
+    slots: of each segment's cache without its room.
+    counts: int[B] per segment, slots that hold a token.
+    room: tokens that can be added; used: that have been.
+    pruning: what the modules decided, or None.
+  """
+  logits: jax.Array
+  positions: jax.Array
+  caches: list[SegmentCache]
+  slots: list[int]
+  counts: list[np.ndarray]
+  room: int
+  used: int = 0
+  pruning: Pruning | None = None
+
+  @property
+  def kv_bytes(self) -> int:
+    """Bytes of all keys and values, unused slots included."""
+    return sum(x.nbytes for c in self.caches for x in (*c.keys, *c.values))
+
+
+def entering(config: LlavaConfig, pruning: Pruning) -> np.ndarray:
+  """Visual tokens that entered each layer, float32[M, B, I]."""
+  valid = np.asarray(pruning.inputs.image_valid, np.float32)
+  counts = np.asarray(jnp.sum(pruning.state.module_keep, axis=-1))
+  passed = [sum(c <= layer for c in config.atp.prune_after)
+            for layer in range(config.text.num_hidden_layers)]
+  return np.stack([counts[n - 1] if n else valid * config.num_visual_tokens
+                   for n in passed])
+
+
+def text_slots(batch: Batch, step: int = TEXT_STEP) -> int:
+  """Slots for what is not visual in the fullest row, a multiple of `step`."""
+  text = batch.valid & (batch.token_types != VISUAL)
+  return -(-int(np.max(np.sum(text, axis=1))) // step) * step

@@ -1,0 +1,318 @@
+"""Serving: prefill and decode in segments, by programs compiled once.
+
+Which program runs next depends on how much was kept, so a Python loop picks
+it: run a segment, read how many tokens of each row stay, cut the rows to a
+rung of the ladder, go on.  Programs are kept by what their shapes depend on
+(layers, slots, batch), can be compiled ahead of time, and are counted.
+
+The plain model, and VoCo's compressing and reading, are the same with one
+segment.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_compress import sharding
+from vlm_compress.config import LlavaConfig, check
+from vlm_compress.decode.prefilled import TEXT_STEP, Prefilled, text_slots
+from vlm_compress.decode.programs import Programs
+from vlm_compress.models import segments as seg
+from vlm_compress.models.inputs import (
+  CompressedImages,
+  KeptTokens,
+  Prefix,
+  PruneOptions,
+  place,
+  voco_states,
+)
+from vlm_compress.models.llava import example_batch
+from vlm_compress.models.segments import Pruning, Ran, Tokens
+from vlm_compress.models.sequence import Batch
+
+
+class SegmentedModel:
+  """A model's parameters, layer by layer, and its compiled programs.
+
+  Args:
+    config: of the model.
+    params: parameters with stacked decoder layers, of which it makes copies
+      layer by layer; nothing else of them is copied.
+  """
+
+  def __init__(self, config: LlavaConfig, params: Any):
+    self.config = config
+    language = dict(params['language_model'])
+    stack = language.pop('layers')
+    self.rest = jax.tree.map(jnp.asarray, {**params, 'language_model': language})
+    self.layers = [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), stack)
+                   for i in range(config.text.num_hidden_layers)]
+    spread = [x.sharding for x in jax.tree.leaves(self.rest)
+              if len(x.sharding.device_set) > 1]
+    # Where parameters are spread over devices, activations are on all of them.
+    self.programs = Programs(
+        sharding.replicated(spread[0].mesh) if spread else None)
+
+  def prefill(self, batch: Batch, options: PruneOptions | None = None,
+              room: int = 0) -> Prefilled:
+    """Runs prompts.
+
+    Args:
+      batch: prompts without turns, of numpy arrays.
+      options: how the modules run, hard; None is the plain model.
+      room: tokens that can be added later.
+
+    Raises:
+      ConfigError: soft masks, modules that the model has not, or turns.
+    """
+    check(options is None or self.config.atp is not None and options.hard,
+          'pruning in segments needs a config with atp, and hard masks')
+    check(not np.any(batch.turn_ids), 'prompts have no turns')
+    num_images = batch.features.shape[1]
+    fit = functools.partial(self.fit, text=text_slots(batch),
+                            num_images=num_images)
+    tokens, pruning, counts = self.start(batch, options)
+    tokens = fit(tokens, counts)
+    caches, slots, index = [], [], 0
+    if counts is None:
+      counts = np.sum(batch.valid, axis=1)
+    all_counts = [np.asarray(counts)]
+    while True:
+      slots.append(tokens.valid.shape[1])
+      ran = self.run(index, tokens, pruning, room)
+      caches.append(ran.cache)
+      if ran.tokens is None:
+        return Prefilled(ran.logits, ran.positions, caches, slots, all_counts,
+                         room, pruning=pruning)
+      all_counts.append(np.asarray(ran.counts))
+      pruning, tokens, index = ran.pruning, fit(ran.tokens, ran.counts), index + 1
+
+  def compress(self, features: jax.Array, segment_ids: tuple[int, ...],
+               num_voco_tokens: int) -> CompressedImages:
+    """Llava.compress_images."""
+    B, I = features.shape[:2]
+
+    def program(layers, rest, features):
+      tokens = seg.start_segments(self.config, rest, features, segment_ids,
+                                  num_voco_tokens)
+      _, cache, _ = seg.run_layers(self.config, layers, tokens, 0)
+      return voco_states(self.config, (B, I), jnp.stack(cache.keys),
+                         jnp.stack(cache.values), num_voco_tokens)
+    key = ('compress', features.shape, segment_ids, num_voco_tokens)
+    return self.programs.call(key, program, self.layers, self.rest, features)
+
+  def read(self, text: Batch, images: CompressedImages,
+           voco_positions: jax.Array, room: int = 0) -> Prefilled:
+    """Runs text behind compressed images.
+
+    Args:
+      text: rows without their compression segments (`VocoBatch.text`).
+      images: I images per row; image_valid of `text` says which are there.
+      voco_positions: int32[B, I, C], see `place`.
+      room: tokens that can be added later.
+    """
+    key = ('place', images.keys.shape, voco_positions.shape)
+    prefix = self.programs.call(key, functools.partial(
+        place, rope_theta=self.config.text.rope_theta), images,
+                        text.image_valid, voco_positions)
+    return self.read_behind(text, [prefix], room)
+
+  def read_behind(self, text: Batch, prefixes: Sequence[Prefix], room: int = 0
+                  ) -> Prefilled:
+    """Runs text behind keys and values, without any module.
+
+    Args:
+      text: rows without images.
+      prefixes: of the only segment, or of each of the segments of a pruned
+        model, whose layers then read what earlier prompts had kept.
+      room: tokens that can be added later.
+    """
+    bounds = self.bounds(len(prefixes) > 1)
+    tokens = self.programs.call(('text', text.input_ids.shape), lambda rest, text: (
+        seg.start(self.config, rest, text, None)[0]), self.rest,
+                        text.replace(features=text.features[:, :0]))
+    caches, slots, counts = [], [], []
+    for (first, last), prefix in zip(bounds, prefixes, strict=True):
+      program = functools.partial(
+          seg.read_segment, self.config, room, last == self.config.text.num_hidden_layers)
+      key = ('read', first, last, tokens.valid.shape, prefix.valid.shape, room)
+      ran = self.programs.call(key, program, self.layers[first:last], self.rest, tokens,
+                       prefix)
+      caches.append(ran.cache)
+      tokens = ran.tokens
+      slots.append(ran.cache.readable.shape[1] - room)
+      counts.append(np.sum(np.asarray(ran.cache.readable), axis=1))
+    return Prefilled(ran.logits, ran.positions, caches, slots, counts, room)
+
+  def keep(self, state: Prefilled, num_after: int) -> KeptTokens:
+    """Takes the image, and the text in front of it, out of a prompt's state.
+
+    Args:
+      state: of one row, padded on the right, before `extend`.
+      num_after: tokens of the row behind the image.
+    """
+    first = lambda y, count: y[0, :int(count[0]) - num_after]
+    stacked = lambda name: tuple(
+        np.stack([first(y, count) for y in map(np.asarray, getattr(cache, name))])
+        for cache, count in zip(state.caches, state.counts))
+    return KeptTokens(stacked('keys'), stacked('values'))
+
+  def read_kept(self, text: Batch, kept: KeptTokens, num_before: int,
+                room: int = 0) -> Prefilled:
+    """Runs text behind an image that an earlier prompt has pruned.
+
+    Args:
+      text: one row, what follows the image.
+      kept: of the image; num_before: tokens in front of it.
+      room: tokens that can be added later.
+    """
+    whole = -(-num_before // TEXT_STEP) * TEXT_STEP
+    prefixes = []
+    for keys, values in zip(kept.keys, kept.values):
+      sizes = self.sizes(whole + self.config.num_visual_tokens, whole, 1)
+      slots = next(s for s in sizes if s >= keys.shape[1])
+      prefixes.append(seg.as_prefix(keys, values, slots))
+    return self.read_behind(text, prefixes, room)
+
+  def extend(self, tokens: jax.Array, state: Prefilled) -> jax.Array:
+    """One more token per row, int32[B]; float32[B, V] logits of the next.
+
+    `state` moves on; its old caches are used up.
+    """
+    check(state.used < state.room, f'the cache has room for {state.room} new '
+          'tokens; prefill with more')
+    x, positions = tokens, state.positions
+    pruned = len(state.caches) > 1
+    for index, cache in enumerate(state.caches):
+      x, state.caches[index], positions = self._extend(
+          index, pruned, x, cache, state.positions,
+          np.int32(state.slots[index] + state.used))
+    state.logits, state.positions = x, positions
+    state.used += 1
+    return x
+
+  def _extend(self, index: int, pruned: bool, *args: Any) -> Any:
+    """Segment number `index` of `extend`; see seg.extend."""
+    first, last = self.bounds(pruned)[index]
+    program = functools.partial(seg.extend_segment, self.config, (
+        index == 0, last == self.config.text.num_hidden_layers))
+    key = ('extend', first, last, args[1].readable.shape)
+    return self.programs.call(key, program, self.layers[first:last], self.rest, *args,
+                      donate=(3,))
+
+  def compile_ahead(self, batch_size: int, length: int, text: int, room: int,
+                    num_images: int = 1, pruned: bool = True) -> int:
+    """Compiles all that `prefill` and `extend` can need for such batches.
+
+    Args:
+      batch_size: rows; length: their slots, T.
+      text: see `text_slots`, and its multiples of TEXT_STEP up to it.
+      room: as for prefill.
+      num_images: images per row.
+      pruned: with modules, or the plain model.
+
+    Returns:
+      How many programs there are now.
+    """
+    batch = jax.eval_shape(lambda: example_batch(
+        self.config, batch_size, num_images,
+        length - num_images * self.config.num_visual_tokens))
+    options = PruneOptions(threshold_shift=0.0) if pruned else None
+    texts = range(TEXT_STEP, text + 1, TEXT_STEP)
+
+    def all_cuts(some: dict[int, Tokens]) -> dict[int, Tokens]:
+      out = {}
+      for slots, rows in some.items():
+        for size in {s for t in texts for s in self.sizes(slots, t, num_images)}:
+          out[size] = rows if size == slots else self.cut(rows, size)
+      return out
+
+    self.programs.only_compiling = True
+    try:
+      tokens, pruning, counts = self.start(batch, options)
+      rows = {length: tokens} if counts is None else all_cuts({length: tokens})
+      token = x = jax.ShapeDtypeStruct((batch_size,), np.int32)
+      for index in range(len(self.bounds(pruned))):
+        ran = {slots: self.run(index, rows[slots], pruning, room)
+               for slots in rows}
+        if room > 0:
+          x = [self._extend(index, pruned, x, r.cache, token, np.int32(0))
+               for r in ran.values()][0][0]
+        one = next(iter(ran.values()))
+        if one.tokens is not None:
+          rows = all_cuts({slots: r.tokens for slots, r in ran.items()})
+          pruning = one.pruning
+    finally:
+      self.programs.only_compiling = False
+    return len(self.programs)
+
+  # ------------------------------------------------- what prefill is made of
+
+  def bounds(self, pruned: bool) -> list[tuple[int, int]]:
+    """See seg.segment_bounds."""
+    return seg.segment_bounds(self.config, pruned)
+
+  def start(self, batch: Batch, options: PruneOptions | None
+            ) -> tuple[Tokens, Pruning | None, jax.Array | None]:
+    """Embedded rows, modules in their first state, and how many tokens stay
+    where a module stands in front of all layers (else None).
+    """
+    first = options is not None and self.config.atp.prune_after[0] == 0
+
+    def program(rest, batch, options):
+      tokens, pruning = seg.start(self.config, rest, batch, options)
+      counts = None
+      if first:
+        tokens, counts = seg.to_front(tokens, pruning)
+      return tokens, pruning, counts
+    given = None if options is None else tuple(
+        x is None for x in (options.threshold_shift, options.row_ids))
+    key = ('start', batch.input_ids.shape, batch.features.shape, given)
+    if options is not None:  # plain numbers would be other programs
+      options = _as_arrays(options)
+    return self.programs.call(key, program, self.rest, batch, options)
+
+  def fit(self, tokens: Tokens, counts: jax.Array | None, text: int,
+          num_images: int) -> Tokens:
+    """Cuts rows to the smallest rung that holds the fullest of them."""
+    B, slots = tokens.valid.shape
+    if counts is None:
+      return tokens
+    need = int(np.max(np.asarray(counts)))
+    size = next(s for s in self.sizes(slots, text, num_images) if s >= need)
+    return tokens if size == slots else self.cut(tokens, size)
+
+  def sizes(self, slots: int, text: int, num_images: int) -> list[int]:
+    """Numbers of slots that rows of `slots` can be cut to, increasing."""
+    rungs = [c * num_images + text for c in seg.capacity_ladder(self.config)]
+    return [r for r in rungs if r < slots] + [slots]
+
+  def cut(self, tokens: Tokens, slots: int) -> Tokens:
+    """The first `slots` of every row."""
+    key = ('cut', *tokens.valid.shape, slots)
+    return self.programs.call(key, lambda t: seg.cut(t, slots), tokens)
+
+  def run(self, index: int, tokens: Tokens, pruning: Pruning | None,
+          room: int) -> Ran:
+    """Runs segment number `index`, and the module behind it."""
+    first, last = self.bounds(pruning is not None)[index]
+    program = functools.partial(seg.run_segment, self.config, index, room,
+                                last == self.config.text.num_hidden_layers)
+    key = ('run', first, last, tokens.valid.shape, room,
+           None if pruning is None else pruning.inputs.order.shape)
+    return self.programs.call(key, program, self.layers[first:last], self.rest, tokens,
+                      pruning)
+
+
+def _as_arrays(options: PruneOptions) -> PruneOptions:
+  kinds = {'temperature': np.float32, 'threshold_shift': np.float32,
+           'row_ids': np.int32, 'seed': np.int32}
+  return options.replace(**{
+      name: None if getattr(options, name) is None else
+      np.asarray(getattr(options, name), kind) for name, kind in kinds.items()})
