@@ -32,7 +32,7 @@ LEVELS = {
     'models/': 3,
     'losses.py': 4, 'decode/': 4, 'convert/': 4,
     'data/': 5, 'eval/': 5, 'train/': 5,
-    'api.py': 6, 'vlm.py': 6, 'analysis/': 6,
+    'api.py': 6, 'vlm.py': 6, 'batches.py': 6, 'analysis/': 6,
     'cli/': 7,
 }
 

@@ -294,7 +294,7 @@ def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
   features = [vlm.features(i) for i in images]
   size = len(row['input_ids'])
   batch = make_batch([row], [np.stack(features) if images else np.zeros(shape)],
-                     length=_padded(size), num_images=len(images))
+                     length=padded(size), num_images=len(images))
   return Row(Llava(config), batch, size, int(row['positions'][-1]) + 1,
              PruneOptions() if method == 'atp' and images else None)
 
@@ -307,7 +307,7 @@ def _kept_row(vlm: Vlm, row: dict[str, np.ndarray], image: KeptImage,
         'in front of the image than the prompt that it was kept for')
   check(end < size, 'no text follows the image')
   text = {name: values[end:] for name, values in row.items()}
-  batch = make_batch([text], [no_features], length=_padded(size - end),
+  batch = make_batch([text], [no_features], length=padded(size - end),
                      num_images=0)
   return Row(vlm.model, batch, size - end, int(row['positions'][-1]) + 1,
              kept=image)
@@ -338,12 +338,12 @@ def _split(row: dict[str, np.ndarray], config: LlavaConfig, num_images: int
   batch = make_batch([row], [nothing], length=len(row['input_ids']),
                      num_images=num_images)
   length = int((batch.image_ids == 0).sum())
-  return split_voco(batch, config, _padded(length))
+  return split_voco(batch, config, padded(length))
 
 
 def prefill(vlm: Vlm, row: Row, room: int) -> Prefilled:
   """Runs a prompt; `room` new tokens can follow, or a few more."""
-  room = _padded(room)  # few numbers, few programs
+  room = padded(room)  # few numbers, few programs
   if row.compressed is not None:
     return vlm.segmented.read(row.batch, row.compressed, row.voco_positions, room)
   if row.kept is not None:
@@ -352,7 +352,8 @@ def prefill(vlm: Vlm, row: Row, room: int) -> Prefilled:
   return vlm.segmented.prefill(row.batch, row.prune, room)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+  """The next multiple of the step of lengths: few lengths, few programs."""
   return -(-size // _LENGTH_STEP) * _LENGTH_STEP
 
 

@@ -136,7 +136,9 @@ class SegmentedModel:
     bounds = self.bounds(len(prefixes) > 1)
     tokens = self.programs.call(('text', text.input_ids.shape), lambda rest, text: (
         seg.start(self.config, rest, text, None)[0]), self.rest,
-                        text.replace(features=text.features[:, :0]))
+                        text.replace(
+                            features=text.features[:, :0],
+                            image_valid=text.image_valid[:, :0]))
     caches, slots, counts = [], [], []
     for (first, last), prefix in zip(bounds, prefixes, strict=True):
       program = functools.partial(

@@ -1,0 +1,98 @@
+"""A regrouped queue gives what its prompts give one by one, with less waste."""
+
+from __future__ import annotations
+
+import core_helpers as helpers
+import numpy as np
+import pytest
+from core_helpers import BOS, IMAGE, Sample
+
+from vlm_compress.config import ConfigError
+from vlm_compress.decode.prefilled import entering
+from vlm_compress.decode.regroup import SlotCount, count_slots, prefill_regrouped
+from vlm_compress.decode.segmented import SegmentedModel
+from vlm_compress.models.llava import PruneOptions
+
+LENGTH, ROOM, STEPS, NUM = 24, 4, 3, 14
+CONFIGS = {
+    'adaptive': helpers.atp_config(capacities=(1, 2, 4, 6, 9, 12)),
+    'first': helpers.atp_config(selector='random', prune_after=(0, 2),
+                                fixed_counts=(10, 3))}
+ANSWERS = np.random.default_rng(0).integers(6, 90, (NUM, STEPS), np.int32)
+
+
+def prompts(config):
+  """One image each, questions of one to seven words."""
+  rng = np.random.default_rng(3)
+  ids = [(BOS, IMAGE, *rng.integers(6, 90, 1 + i % 7).tolist())
+         for i in range(NUM)]
+  return [Sample(x, seed=i) for i, x in enumerate(ids)]
+
+
+def batch_of(samples, config):
+  return helpers.batch(samples, config, length=LENGTH, num_images=1)
+
+
+def queue(config, size):
+  samples = prompts(config)
+  for first in range(0, NUM, size):
+    ids = list(range(first, min(first + size, NUM)))
+    filled = ids + [ids[-1]] * (size - len(ids))
+    yield ids, batch_of([samples[i] for i in filled], config)
+
+
+def decode(model, state, answers):
+  logits = [state.logits]
+  for token in answers.T:
+    logits.append(model.extend(token, state))
+  return np.stack(logits, axis=1)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_regrouped_queue_is_its_prompts_one_by_one(name):
+  config = CONFIGS[name]
+  model = SegmentedModel(config, helpers.build(config)[1])
+  options, count = PruneOptions(), SlotCount()
+  got, kept, sizes = {}, {}, set()
+  for ids, state in prefill_regrouped(model, queue(config, 3), options, ROOM,
+                                      count):
+    rows = entering(config, state.pruning)
+    filled = ids + [ids[-1]] * (3 - len(ids))
+    logits = decode(model, state, ANSWERS[filled])
+    sizes.add(tuple(state.slots))
+    for row, i in enumerate(ids):
+      assert i not in got
+      got[i], kept[i] = logits[row], rows[:, row, 0]
+  assert sorted(got) == list(range(NUM))
+  for i, sample in enumerate(prompts(config)):
+    state = model.prefill(batch_of([sample], config), options.replace(
+        row_ids=np.int32([i])), ROOM)
+    np.testing.assert_array_equal(kept[i], entering(config, state.pruning)[:, 0, 0])
+    helpers.close(got[i], decode(model, state, ANSWERS[i:i + 1])[0])
+  if name == 'first':
+    return
+  assert len({tuple(k) for k in kept.values()}) >= 6 and len(sizes) > 1
+  in_order = [count_slots(model, model.prefill(batch, options, ROOM), len(ids))
+              for ids, batch in queue(config, 3)]
+  plain = SlotCount(sum(c.slots for c in in_order),
+                    sum(c.tokens for c in in_order))
+  assert count.tokens == plain.tokens
+  assert 1.0 < count.waste < plain.waste
+
+
+def test_slots_are_counted():
+  count = SlotCount()
+  count.add(num_layers=2, num_slots=10, num_rows=3, tokens=15)
+  count.add(num_layers=1, num_slots=4, num_rows=3, tokens=9)
+  assert (count.slots, count.tokens) == (72, 39)
+  assert count.waste == pytest.approx(72 / 39)
+
+
+def test_one_shape_per_queue():
+  config = CONFIGS['first']
+  model = SegmentedModel(config, helpers.build(config)[1])
+  samples = prompts(config)[:2]
+  batches = [([i], helpers.batch([s], config, length=LENGTH + i, num_images=1))
+             for i, s in enumerate(samples)]
+  with pytest.raises(ConfigError, match='pad them to one'):
+    list(prefill_regrouped(model, batches, PruneOptions()))

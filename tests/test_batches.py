@@ -1,0 +1,83 @@
+"""Many questions at once are the same questions one by one."""
+
+from __future__ import annotations
+
+import core_helpers as helpers
+import numpy as np
+import pytest
+from api_helpers import TOKENIZER, make
+
+from vlm_compress import api
+from vlm_compress.batches import Request, answer_all
+from vlm_compress.config import ConfigError
+from vlm_compress.decode.regroup import SlotCount
+
+QUESTIONS = ('what is this on the left side', 'a red cat', 'what is a dog .',
+             'this is blue', 'what')
+
+
+@pytest.fixture(scope='module')
+def pictures() -> list[np.ndarray]:
+  rng = np.random.default_rng(1)
+  return [rng.integers(0, 255, (24, 24, 3), np.uint8) for _ in range(3)]
+
+
+def one_by_one(vlm, requests, **options):
+  return [api.generate(vlm, r.prompt, r.images, **options) for r in requests]
+
+
+def same(got, want):
+  assert [g[:3] for g in got] == [w[:3] for w in want]
+  for g, w in zip(got, want):
+    np.testing.assert_array_equal(g.visual_tokens, w.visual_tokens)
+
+
+@pytest.mark.parametrize('regroup', [False, True])
+def test_atp(pictures, regroup):
+  vlm = make(helpers.atp_config(sap_lambda=16.0))
+  requests = [Request(q, [pictures[i % 3]]) for i, q in enumerate(QUESTIONS)]
+  requests.insert(2, Request(QUESTIONS[1]))  # without a picture
+  kept = api.keep_image(vlm, pictures[0], QUESTIONS[0])
+  requests.append(Request(QUESTIONS[3], [kept]))
+  slots = SlotCount()
+  got = answer_all(vlm, requests, batch_size=2, regroup=regroup,
+                   max_new_tokens=4, slots=slots)
+  same(got, one_by_one(vlm, requests, max_new_tokens=4))
+  assert len({g.text for g in got}) > 2 and slots.waste > 1.0
+  assert got[2].visual_tokens is None and got[0].visual_tokens[0] == 16
+
+
+def test_voco_mixes_compressed_and_fresh_pictures(pictures):
+  vlm = make(helpers.voco_config())
+  packed = api.compress_image(vlm, pictures[0])
+  requests = [Request(QUESTIONS[0], [packed]), Request(QUESTIONS[1], [pictures[1]]),
+              Request(QUESTIONS[2], [pictures[2], packed]), Request(QUESTIONS[3]),
+              Request(QUESTIONS[4], [packed]), Request(QUESTIONS[0], [pictures[0]])]
+  got = answer_all(vlm, requests, batch_size=3, max_new_tokens=4)
+  same(got, one_by_one(vlm, requests, max_new_tokens=4))
+  assert got[0][:3] == got[5][:3]
+
+
+def test_rows_end_where_they_would_alone(pictures):
+  """End of sequence, the number of new tokens, or a context that is full."""
+  vlm = make(helpers.tiny(), max_position_embeddings=28)
+  requests = [Request(q, [pictures[0]]) for q in QUESTIONS]
+  requests += [Request(q, [pictures[i % 3]]) for i, q in enumerate(QUESTIONS)]
+  got = answer_all(vlm, requests, batch_size=4, max_new_tokens=8)
+  same(got, one_by_one(vlm, requests, max_new_tokens=8))
+  first = got[0].token_ids[1]
+  vlm = api.Vlm(vlm.config, vlm.params, TOKENIZER, vlm.processor, 'dir', {first})
+  got = answer_all(vlm, requests, batch_size=4, max_new_tokens=8)
+  same(got, one_by_one(vlm, requests, max_new_tokens=8))
+  assert {'eos', 'context'} <= {g.ended for g in got}
+
+
+def test_bad_requests_are_refused(pictures):
+  vlm = make(helpers.tiny(), max_position_embeddings=20)
+  with pytest.raises(ConfigError, match='batch_size=0'):
+    answer_all(vlm, [], batch_size=0)
+  with pytest.raises(ConfigError, match='max_new_tokens=0'):
+    answer_all(vlm, [], max_new_tokens=0)
+  assert answer_all(vlm, []) == []
+  with pytest.raises(ConfigError, match='takes all 20 positions'):
+    answer_all(vlm, [Request('what', [pictures[0]])])

@@ -1,0 +1,148 @@
+"""Many questions at once: batches, with compressed and fresh pictures mixed.
+
+The same answers as `api.generate` gives one by one, greedily.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from vlm_compress.api import Answer, Turn
+from vlm_compress.config import check
+from vlm_compress.decode import stream
+from vlm_compress.decode.prefilled import Prefilled, entering
+from vlm_compress.decode.regroup import Done, SlotCount, count_slots, prefill_regrouped
+from vlm_compress.models.inputs import CompressedImages
+from vlm_compress.vlm import Row, Vlm, padded, prefill, prepare
+
+
+class Request(NamedTuple):
+  """A question: prompt and images as in `api.generate`."""
+  prompt: str | Sequence[Turn]
+  images: Sequence[Any] = ()
+
+
+def answer_all(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
+               batch_size: int = 4, regroup: bool = True,
+               max_new_tokens: int = 32, progress: bool = True,
+               slots: SlotCount | None = None) -> list[Answer]:
+  """Answers questions greedily, in batches of those with the same shapes.
+
+  Args:
+    vlm: the model.
+    requests: the questions; with method voco, some images may be compressed
+      already and others not.
+    method: as in `api.generate`.
+    batch_size: questions at a time.
+    regroup: with method atp, make batches anew behind every module, of rows
+      that kept about as much (decode/regroup.py).
+    max_new_tokens: longest answer.
+    progress: show a bar if stderr is a terminal.
+    slots: is added to, what the batches of method atp took.
+
+  Returns:
+    Answers in the order of the questions.
+
+  Raises:
+    DataError, ConfigError: as `api.generate`, for the first that is wrong.
+  """
+  check(batch_size >= 1, f'batch_size={batch_size}: at least 1')
+  check(max_new_tokens >= 1, f'max_new_tokens={max_new_tokens}: at least 1')
+  limit = vlm.config.text.max_position_embeddings
+  rows = [prepare(vlm, r.prompt, r.images, method, None) for r in requests]
+  full = [i for i, row in enumerate(rows) if row.positions >= limit]
+  check(not full, f'prompt number {full[:1]} takes all {limit} positions of '
+        'text.max_position_embeddings; shorten it')
+  answers: list[Answer | None] = [None] * len(rows)
+  console = Console(stderr=True)
+  with Progress(console=console, transient=True,
+                disable=not (progress and console.is_terminal)) as bar:
+    task = bar.add_task('answering', total=len(rows))
+    for ids, state in _read(vlm, rows, batch_size, regroup, max_new_tokens - 1,
+                            SlotCount() if slots is None else slots):
+      counts = [min(max_new_tokens, limit - rows[i].positions) for i in ids]
+      for i, answer in zip(ids, _decode(vlm, state, counts, max_new_tokens)):
+        kept = rows[i].kept
+        answers[i] = answer if kept is None else answer._replace(
+            visual_tokens=kept.visual_tokens)
+      bar.update(task, advance=len(ids))
+  return answers
+
+
+def _read(vlm: Vlm, rows: Sequence[Row], batch_size: int, regroup: bool,
+          room: int, slots: SlotCount) -> Iterator[Done]:
+  """Prefills all rows; batches of one shape."""
+  groups = collections.defaultdict(list)
+  for i, row in enumerate(rows):
+    groups[_shape(row, i)].append(i)
+  for group in groups.values():
+    parts = [group[at:at + batch_size] for at in range(0, len(group), batch_size)]
+    if rows[group[0]].prune is not None and regroup:
+      queue = ((ids, _together(rows, ids, batch_size).batch) for ids in parts)
+      yield from prefill_regrouped(vlm.segmented, queue, rows[group[0]].prune,
+                                   padded(room), slots)
+      continue
+    for ids in parts:
+      row = _together(rows, ids, batch_size if rows[ids[0]].kept is None else 1)
+      state = prefill(vlm, row, room)
+      if row.prune is not None:
+        total = count_slots(vlm.segmented, state, len(ids))
+        slots.slots, slots.tokens = (slots.slots + total.slots,
+                                     slots.tokens + total.tokens)
+      yield Done(ids, state)
+
+
+def _shape(row: Row, index: int) -> tuple:
+  compressed = None if row.compressed is None else row.compressed.keys.shape
+  alone = None if row.kept is None else index
+  return (row.batch.input_ids.shape, row.batch.features.shape, compressed, alone)
+
+
+def _together(rows: Sequence[Row], ids: Sequence[int], batch_size: int) -> Row:
+  """Rows of one shape as one, filled up with the last."""
+  some = [rows[i] for i in [*ids, *[ids[-1]] * (batch_size - len(ids))]]
+  join = lambda axis, *y: np.concatenate(y, axis) if isinstance(
+      y[0], np.ndarray) else jax.numpy.concatenate(y, axis)
+  batch = jax.tree.map(lambda *y: join(0, *y), *[r.batch for r in some])
+  compressed = voco_positions = None
+  if some[0].compressed is not None:
+    states = [r.compressed for r in some]
+    compressed = CompressedImages(
+        keys=join(1, *[s.keys for s in states]),
+        values=join(1, *[s.values for s in states]),
+        positions=states[0].positions)
+    voco_positions = join(0, *[r.voco_positions for r in some])
+  return some[0]._replace(batch=batch, compressed=compressed,
+                          voco_positions=voco_positions)
+
+
+def _decode(vlm: Vlm, state: Prefilled, counts: Sequence[int],
+            max_new_tokens: int) -> list[Answer]:
+  """Answers of the first rows; counts[i] tokens at most."""
+  ids: list[list[int]] = [[] for _ in counts]
+  open_rows = set(range(len(counts)))
+  for step in stream.tokens(vlm.segmented, state, max_new_tokens=max(counts),
+                            end_ids=vlm.end_ids):
+    for row in list(open_rows):
+      if step[row] is None:
+        open_rows.remove(row)
+      elif len(ids[row]) < counts[row]:
+        ids[row].append(step[row])
+    if all(len(ids[row]) == counts[row] for row in open_rows):
+      break
+  kept = None
+  if state.pruning is not None:
+    kept = entering(vlm.config, state.pruning).sum(2)
+  ended = lambda row: ('eos' if len(ids[row]) < counts[row] else
+                       'max_new_tokens' if counts[row] == max_new_tokens
+                       else 'context')
+  return [Answer(vlm.tokenizer.decode(ids[row]), ids[row], ended(row),
+                 None if kept is None else kept[:, row])
+          for row in range(len(counts))]
