@@ -157,8 +157,10 @@ def test_a_kept_image_stands_for_its_picture(vlms, pictures):
   with pytest.raises(ConfigError, match='with method atp and alone'):
     api.generate(vlm, QUESTION, [kept], method='full')
   with pytest.raises(ConfigError, match='other text in front of the image'):
-    api.generate(api.Vlm(vlm.config, vlm.params, TOKENIZER, Processor('plain')),
-                 QUESTION, [dataclasses.replace(kept, vlm=None)])
+    api.generate(vlm, QUESTION, [dataclasses.replace(
+        kept, prefix_ids=(7, *kept.prefix_ids[1:]))])
+  with pytest.raises(ConfigError, match='comes from another model'):
+    api.generate(vlm, QUESTION, [kept_blind])
   with pytest.raises(ConfigError, match='no logits of all tokens'):
     api.logits(vlm, QUESTION, [kept])
 

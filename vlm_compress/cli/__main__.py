@@ -59,6 +59,12 @@ def generate(argv: list[str]) -> int:
   return command.main(argv)
 
 
+def calibrate(argv: list[str]) -> int:
+  """finds the threshold shift for a budget: --target-tokens N"""
+  from vlm_compress.cli import calibrate as command
+  return command.main(argv)
+
+
 def quickstart(argv: list[str]) -> int:
   """trains, compresses and evaluates a small model; writes a report"""
   from vlm_compress.cli import quickstart as command
@@ -84,7 +90,7 @@ def export(argv: list[str]) -> int:
 
 
 COMMANDS = {f.__name__: f for f in (quickstart, train, evaluate, generate,
-                                    study, convert, export)}
+                                    calibrate, study, convert, export)}
 
 
 def usage() -> str:
