@@ -32,7 +32,7 @@ LEVELS = {
     'models/': 3,
     'losses.py': 4, 'decode/': 4, 'convert/': 4,
     'data/': 5, 'eval/': 5, 'train/': 5,
-    'api.py': 6, 'vlm.py': 6, 'batches.py': 6, 'analysis/': 6,
+    'api.py': 6, 'vlm.py': 6, 'caching.py': 6, 'batches.py': 6, 'analysis/': 6,
     'cli/': 7,
 }
 
@@ -47,8 +47,10 @@ ALLOWED = {
     'clu': ('vlm_compress/train/metrics.py', 'vlm_compress/eval/'),
     'orbax': ('vlm_compress/train/checkpoint.py',),
     'ml_collections': ('configs/', 'vlm_compress/cli/'),
-    'torch': ('tests/parity/', 'vlm_compress/convert/pickled.py'),
-    'transformers': ('tests/parity/',),
+    'torch': ('tests/parity/', 'vlm_compress/convert/pickled.py',
+              'vlm_compress/eval/benchmark/torch_reference.py'),
+    'transformers': ('tests/parity/',
+                     'vlm_compress/eval/benchmark/torch_reference.py'),
     'efficientnet_lite_pytorch': ('tests/parity/',),
     'safetensors': ('vlm_compress/convert/',
                     'vlm_compress/decode/vision_cache.py'),

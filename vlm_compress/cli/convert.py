@@ -21,10 +21,11 @@ import pathlib
 
 from vlm_compress.cli.arguments import MAX_SEED, Parser, number
 from vlm_compress.cli.progress import byte_progress
-from vlm_compress.config import PARAM_DTYPES, check
+from vlm_compress.config import PARAM_DTYPES, ConfigError, check
 from vlm_compress.convert import from_hf
-from vlm_compress.convert.files import TOKENIZER
+from vlm_compress.convert.files import GENERATION, TOKENIZER, generation_ends
 from vlm_compress.convert.processor import ASPECT_MODES
+from vlm_compress.data.errors import DataError
 from vlm_compress.data.templates import TEMPLATES
 
 
@@ -61,6 +62,30 @@ def parser() -> argparse.ArgumentParser:
   return p
 
 
+def check_tokens(directory: pathlib.Path, source: pathlib.Path) -> None:
+  """Opens the tokenizer as `generate` will, and what ends an answer.
+
+  Args:
+    directory: what is written, not yet under its name.
+    source: where its files come from, for messages.
+
+  Raises:
+    ConfigError: a file of the source that `generate` would refuse.
+  """
+  beside = source if source.is_dir() else source.parent
+  try:
+    ends = generation_ends(directory)
+    if (directory / TOKENIZER).exists():
+      from vlm_compress.data import tokenizer as tokenizer_lib
+      count = tokenizer_lib.load(directory / TOKENIZER).vocab_size
+      where = beside / GENERATION
+      check(all(0 <= i < count for i in ends),
+            f'{where if where.exists() else source}: eos_token_id={ends}, but '
+            f'the tokenizer beside it has {count} tokens; correct one of them')
+  except (ConfigError, DataError) as e:
+    raise ConfigError(str(e).replace(str(directory), str(beside))) from e
+
+
 def main(argv: list[str]) -> int:
   """Converts; returns the exit code."""
   args = parser().parse_args(argv)
@@ -82,7 +107,8 @@ def main(argv: list[str]) -> int:
     print(f'fresh parameters: {", ".join(plan.fresh)}')
   with byte_progress('converting', sum(p.nbytes for p in plan.pieces)) as advance:
     from_hf.convert(plan, args.to, copy_from=source, seed=args.seed,
-                    advance=advance)
+                    advance=advance,
+                    verify=lambda work: check_tokens(work, source))
   count = sum(math.prod(shape) for shape in plan.shapes.values())
   print(f'{args.to}: {count / 1e6:,.1f} M parameters, '
         f'{plan.config.param_dtype}')

@@ -14,6 +14,7 @@ import pathlib
 from vlm_compress.cli.arguments import Parser
 from vlm_compress.cli.progress import byte_progress
 from vlm_compress.convert import to_hf
+from vlm_compress.convert.tensors import ADAPTERS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,11 +34,16 @@ def main(argv: list[str]) -> int:
   plan = to_hf.make_plan(args.source)
   with byte_progress('exporting', plan.nbytes) as advance:
     to_hf.export(plan, args.to, copy_from=args.source, advance=advance)
-  if plan.extra_rows:
+  if plan.tokens.extra_rows:
     print(f'note: id {plan.config.image_token_index} was added to the '
           'vocabulary as the image placeholder, with zero weights')
+  if plan.invented:
+    print('note: the model does not have, and LLaVA does not read, '
+          f'{", ".join(plan.invented)}: written as ones and zeros')
+  for note in (*plan.notes, *plan.tokens.notes):
+    print(f'note: {note}')
   if plan.adapters:
-    print(f'not in this format, written to {args.to / to_hf.ADAPTERS}: '
+    print(f'not in this format, written to {args.to / ADAPTERS}: '
           f'{", ".join(plan.adapters)}')
   print(f'{args.to}: open it with LlavaForConditionalGeneration')
   return 0

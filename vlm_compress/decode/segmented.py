@@ -11,6 +11,7 @@ segment.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +44,7 @@ class SegmentedModel:
   Args:
     config: of the model.
     params: parameters with stacked decoder layers, of which it makes copies
-      layer by layer; nothing else of them is copied.
+      layer by layer, or with a list of layers; nothing else is copied.
   """
 
   def __init__(self, config: LlavaConfig, params: Any):
@@ -51,13 +52,21 @@ class SegmentedModel:
     language = dict(params['language_model'])
     stack = language.pop('layers')
     self.rest = jax.tree.map(jnp.asarray, {**params, 'language_model': language})
-    self.layers = [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), stack)
+    one = lambda i: (stack[i] if isinstance(stack, list) else
+                     jax.tree.map(lambda x: x[i], stack))
+    self.layers = [jax.tree.map(jnp.asarray, one(i))
                    for i in range(config.text.num_hidden_layers)]
     spread = [x.sharding for x in jax.tree.leaves(self.rest)
               if len(x.sharding.device_set) > 1]
     # Where parameters are spread over devices, activations are on all of them.
     self.programs = Programs(
         sharding.replicated(spread[0].mesh) if spread else None)
+
+  def with_config(self, config: LlavaConfig) -> SegmentedModel:
+    """The same parameters under another method, with programs of its own."""
+    other = copy.copy(self)
+    other.config, other.programs = config, Programs(self.programs.out)
+    return other
 
   def prefill(self, batch: Batch, options: PruneOptions | None = None,
               room: int = 0) -> Prefilled:

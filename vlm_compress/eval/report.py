@@ -102,7 +102,7 @@ def _keep_map_rows(examples: Sequence[Mapping[str, Any]],
   """Several examples below each other, the first method of each."""
   columns = 1 + max(len(next(iter(e['keep_maps'].values())))
                     for e in examples)
-  figure = _new_figure(1.8 * columns, 2.35 * len(examples))
+  figure = new_figure(1.8 * columns, 2.35 * len(examples))
   grid = figure.subplots(len(examples), columns, squeeze=False)
   for index, (axes, example) in enumerate(zip(grid, examples)):
     method, maps = next(iter(example['keep_maps'].items()))
@@ -111,7 +111,7 @@ def _keep_map_rows(examples: Sequence[Mapping[str, Any]],
                            (example.get('thresholds') or {}).get(method))
     axes[0].set_title(f'{example["question"]}\n'
                       f'{example["predictions"][method]}', fontsize=8)
-  return _png(figure)
+  return png(figure)
 
 
 def module_labels(report: Mapping[str, Any]) -> list[str]:
@@ -246,9 +246,9 @@ class _Printer:
 
 def accuracy_png(parts: Sequence[tables.Section]) -> bytes:
   """Accuracy against layer-average tokens, as PNG."""
-  figure = _new_figure(FIGURE_WIDTH, 4.6)
+  figure = new_figure(FIGURE_WIDTH, 4.6)
   figures.draw_accuracy(figure, parts)
-  return _png(figure)
+  return png(figure)
 
 
 def kept_png(parts: Sequence[tables.Section],
@@ -269,7 +269,7 @@ def kept_png(parts: Sequence[tables.Section],
     return None
   counts = _kept_counts(parts)
   rows = -(-len(counts) // 2)
-  figure = _new_figure(FIGURE_WIDTH, 2.7 * (1 + rows))
+  figure = new_figure(FIGURE_WIDTH, 2.7 * (1 + rows))
   grid = figure.add_gridspec(1 + rows, 2)
   figures.draw_kept_per_layer(figure.add_subplot(grid[0, :]), lines)
   for index, (label, kept) in enumerate(counts.items()):
@@ -280,7 +280,7 @@ def kept_png(parts: Sequence[tables.Section],
         ax, kept, _named(labels, kept.shape[1]),
         colour=figures.METHOD_COLOURS[colour % len(figures.METHOD_COLOURS)])
     ax.set_title(label, fontsize=9, color=figures.INK)
-  return _png(figure)
+  return png(figure)
 
 
 def _page_example(example: Mapping[str, Any], labels: Sequence[str],
@@ -302,11 +302,11 @@ def _page_example(example: Mapping[str, Any], labels: Sequence[str],
 def _strip(image: np.ndarray, keep_maps: Sequence[Any], labels: Sequence[str],
            thresholds: Sequence[Sequence[float]] | None) -> bytes:
   columns = 1 + len(keep_maps)
-  figure = _new_figure(1.8 * columns, 2.35)
+  figure = new_figure(1.8 * columns, 2.35)
   axes = figure.subplots(1, columns, squeeze=False)[0]
   figures.draw_keep_maps(axes, image, keep_maps,
                          _named(labels, len(keep_maps)), thresholds)
-  return _png(figure)
+  return png(figure)
 
 
 def _decode_image(text: str, index: int) -> np.ndarray:
@@ -348,13 +348,14 @@ def _named(labels: Sequence[str], count: int) -> list[str]:
       f'module {i + 1}' for i in range(count)]
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+  """An empty Figure; sizes in inches."""
   import matplotlib.figure
   return matplotlib.figure.Figure(figsize=(width, height), dpi=DPI,
                                   layout='constrained')
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
   """The figure as PNG, without the stamp of the version that drew it."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', metadata={'Software': None})

@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from vlm_compress.nn import kernels
-from vlm_compress.nn.kernels import choose
+from vlm_compress.nn.kernels import BLOCK, MASK_VALUE, choose
 from vlm_compress.nn.masks import Causal
 
-# Finite, so that a row without any allowed key gives a mean and not a NaN.
-MASK_VALUE = -1e30
 MAX_EXPONENT = 30.0
-BLOCK, MAX_GROUPS = 128, 8  # queries of a block
+MAX_GROUPS = 8  # of blocks of queries
 
 
 def attention_probs(q: jax.Array, k: jax.Array, mask: jax.Array,

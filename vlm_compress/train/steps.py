@@ -44,7 +44,8 @@ class TrainState:
     return merge(self.trainable, self.frozen)
 
 
-def _mean(sum_and_count: tuple[jax.Array, jax.Array]) -> jax.Array:
+def mean_loss(sum_and_count: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Sum over all examples / count over all of them."""
   total, count = sum_and_count
   return jnp.sum(total) / jnp.maximum(jnp.sum(count), 1.0)
 
@@ -54,7 +55,7 @@ def instruct_loss(model: Llava, params: Any, batch: Batch, step: jax.Array,
   """Next-token loss of the plain model; also stage 1, alignment."""
   del step, recipe
   logits, _ = model.apply({'params': params}, batch)
-  loss = _mean(losses.next_token_loss(logits, batch.input_ids,
+  loss = mean_loss(losses.next_token_loss(logits, batch.input_ids,
                                       batch.loss_mask))
   return loss, {'loss_text': loss}
 
@@ -71,14 +72,14 @@ def voco_loss(model: Llava, params: Any, batch: tuple[VocoBatch, Batch | None],
   compressed, uncompressed = batch
   text = compressed.text
   logits = model.apply({'params': params}, compressed, method='two_pass')
-  loss = _mean(losses.next_token_loss(logits, text.input_ids, text.loss_mask))
+  loss = mean_loss(losses.next_token_loss(logits, text.input_ids, text.loss_mask))
   metrics = {'loss_text': loss}
   weight = model.config.voco.distill_weight
   if weight > 0.0:
     teacher = params if recipe.teacher == 'self' else teacher_params
     teacher_logits, _ = model.apply(
         {'params': jax.lax.stop_gradient(teacher)}, uncompressed)
-    kl = _mean(losses.distillation_loss(
+    kl = mean_loss(losses.distillation_loss(
         logits, _text_only(teacher_logits, uncompressed, text),
         text.loss_mask))
     metrics['loss_distill'] = kl
@@ -127,7 +128,7 @@ def atp_loss(model: Llava, params: Any, batch: Batch, step: jax.Array,
       row_ids=jnp.arange(batch.input_ids.shape[0]),
       seed=(recipe.seed * 1_000_003) % 2 ** 30 + step, hard=not adaptive)
   logits, out = model.apply({'params': params}, batch, prune=options)
-  loss = _mean(losses.next_token_loss(logits, batch.input_ids,
+  loss = mean_loss(losses.next_token_loss(logits, batch.input_ids,
                                       batch.loss_mask))
   parts = losses.budget_loss(out.prune, out.entering, batch.image_valid,
                              config)

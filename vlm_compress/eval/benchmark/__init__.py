@@ -1,0 +1,1 @@
+"""How long it really takes: one process, alternating, medians, beside FLOPs."""

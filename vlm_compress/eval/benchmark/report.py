@@ -1,0 +1,173 @@
+"""The benchmark's tables and figures out of its JSON."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_compress.atomic import replace, write_text
+from vlm_compress.eval import report
+from vlm_compress.eval.figures import GREY, METHOD_COLOURS, style_axes
+from vlm_compress.eval.tables import quantity
+
+INFERENCE = ('method', 'visual tokens', 'vision ms', 'selector ms', 'prefill ms',
+             'decode ms/token', '10-token answer ms', 'prefill FLOP',
+             'KV cache', 'peak memory', 'slot waste', 'time ratio',
+             'FLOP ratio', 'time / FLOP')
+TRAINING = ('step', 'ms', 'temporaries', 'peak memory', 'time ratio',
+            'memory ratio')
+ADAPTIVE = ('model', 'visual tokens', 'batches', 'slot waste', 'ms / prompt')
+
+
+def write(found: Mapping[str, Any], directory: pathlib.Path
+          ) -> list[pathlib.Path]:
+  """Writes benchmark.md and the figures; returns their paths.
+
+  Args:
+    found: see cli/benchmark.py: 'inference', 'adaptive' and 'training' rows.
+    directory: exists.
+  """
+  paths = [directory / 'benchmark.md']
+  write_text(paths[0], markdown(found))
+  if found['inference']:
+    paths.append(_save(directory / 'benchmark.png',
+                       ratio_figure(found['inference'])))
+  if found['adaptive']:
+    paths.append(_save(directory / 'benchmark_slots.png',
+                       slot_figure(found['adaptive'])))
+  return paths
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+  """All tables."""
+  out = []
+  for key, rows in _groups(found['inference']).items():
+    out += [f'**{title(*key)}**', '', *_table(INFERENCE, map(_inference, rows)), '']
+  if found['adaptive']:
+    out += ['**Adaptive counts and static shapes**', '',
+            *_table(ADAPTIVE, [line for row in found['adaptive']
+                               for line in _adaptive(row)]), '']
+  for row in found['training']:
+    if row['method'] == found['training'][0]['method']:
+      out += [f'**Training, {row["dtype"]}, batch {row["batch"]}**', '']
+  if found['training']:
+    out += [*_table(TRAINING, map(_training, found['training'])), '']
+  return '\n'.join(out)
+
+
+def title(subject: str, dtype: str, batch: int) -> str:
+  """Names a table."""
+  return f'{subject}, {dtype}, batch {batch}'
+
+
+def _groups(rows: Iterable[Mapping[str, Any]]) -> dict[tuple, list]:
+  groups: dict[tuple, list] = {}
+  for row in rows:
+    groups.setdefault((row['subject'], row['dtype'], row['batch']), []).append(row)
+  return groups
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+  return ['| ' + ' | '.join(columns) + ' |',
+          '|' + '|'.join([' :-- '] + [' --: '] * (len(columns) - 1)) + '|',
+          *('| ' + ' | '.join(row) + ' |' for row in rows)]
+
+
+def _ms(value: float) -> str:
+  return '–' if value == 0 else f'{value:.3g}' if value < 1000 else f'{value:.0f}'
+
+
+def _bytes(value: float | None) -> str:
+  return '–' if value is None else quantity(value, 'B')
+
+
+def _inference(row: Mapping[str, Any]) -> list[str]:
+  return [row['method'], f'{row["visual_tokens"]:.1f}', _ms(row['vision_ms']),
+          _ms(row['selector_ms']), _ms(row['prefill_ms']), _ms(row['decode_ms']),
+          _ms(row['answer_ms']), quantity(row['prefill_flops'], 'FLOP'),
+          _bytes(row['kv_bytes']), _bytes(row['peak_bytes']),
+          f'{row["slot_waste"]:.2f}', f'{row["time_ratio"]:.3f}',
+          f'{row["flop_ratio"]:.3f}', f'{row["time_over_flops"]:.2f}']
+
+
+def _adaptive(row: Mapping[str, Any]) -> list[list[str]]:
+  return [[f'{row["subject"]}, {row["dtype"]}', f'{row["achieved"]:.1f}',
+           name if name == 'alone' else f'{name}, {row["batch"]}',
+           f'{mode["waste"]:.3f}', _ms(mode['ms_per_prompt'])]
+          for name, mode in row['modes'].items()]
+
+
+def _training(row: Mapping[str, Any]) -> list[str]:
+  return [row['method'], _ms(row['step_ms']), _bytes(row['temp_bytes']),
+          _bytes(row['peak_bytes']), f'{row["time_ratio"]:.2f}',
+          f'{row["memory_ratio"]:.2f}']
+
+
+def _save(path: pathlib.Path, figure: Any) -> pathlib.Path:
+  with replace(path) as temporary:
+    temporary.write_bytes(report.png(figure))
+  return path
+
+
+def ratio_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+  """Prefill time against FLOPs, both as parts of the full model's."""
+  groups = _groups(rows)
+  figure = report.new_figure(3.4 * len(groups) + 0.6, 3.4)
+  axes = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
+  for ax, (key, group) in zip(axes, groups.items()):
+    style_axes(ax, 'prefill FLOPs / full', 'prefill time / full'
+               if ax is axes[0] else '')
+    low = 0.8 * min(min(r['flop_ratio'], r['time_ratio']) for r in group)
+    high = 1.3 * max(max(r['flop_ratio'], r['time_ratio']) for r in group)
+    ax.plot([low, high], [low, high], color=GREY, linewidth=0.8)
+    ax.plot([low, high], [1.15 * low, 1.15 * high], color=GREY, linewidth=0.8,
+            linestyle=':')
+    for index, row in enumerate(group):
+      ax.plot(row['flop_ratio'], row['time_ratio'], 'o', markersize=5,
+              color=METHOD_COLOURS[index % len(METHOD_COLOURS)])
+      ax.annotate(row['method'], (row['flop_ratio'], row['time_ratio']),
+                  xytext=(4, -2 + 5 * (index % 3 - 1)), fontsize=6,
+                  textcoords='offset points')
+    ax.set(xscale='log', yscale='log', xlim=(low, 2.5 * high), ylim=(low, high))
+    ax.set_title(title(*key), fontsize=8)
+  return figure
+
+
+def slot_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+  """Tokens that prompts kept, and the rungs that they were rounded up to."""
+  figure = report.new_figure(9.0, 3.2 * len(rows))
+  axes = figure.subplots(len(rows), 2, squeeze=False, width_ratios=(3, 1))
+  for (left, right), row in zip(axes, rows):
+    kept = np.asarray(row['kept'])
+    style_axes(left, 'prompt, by what it keeps after the first module',
+               'visual tokens')
+    order = np.argsort(kept[:, 0], kind='stable')
+    ladder = np.asarray(row['ladder'])
+    for module, after in enumerate(row['prune_after']):
+      colour = METHOD_COLOURS[module]
+      values = kept[order, module]
+      rungs = ladder[np.searchsorted(ladder, values)]
+      left.step(np.arange(len(values)), rungs, where='mid', color=colour,
+                linewidth=1.0, label=f'after layer {after} of {row["num_layers"]}')
+      left.plot(np.arange(len(values)), values, '.', color=colour, markersize=4)
+      left.fill_between(np.arange(len(values)), values, rungs, step='mid',
+                        color=colour, alpha=0.15, linewidth=0)
+    for rung in ladder[ladder <= 1.5 * kept.max()]:
+      left.axhline(rung, color=GREY, linewidth=0.4, linestyle=':')
+    left.set_ylim(0, 1.2 * ladder[np.searchsorted(ladder, kept.max())])
+    left.set_title(f'{row["subject"]}: tokens kept (dots), slots of the rung '
+                   '(lines), empty slots (shaded)', fontsize=8)
+    left.legend(fontsize=7, frameon=False, loc='upper left', ncols=3)
+    style_axes(right, '', 'slots / tokens')
+    modes = row['modes']
+    names = [name if name == 'alone' else f'{name} {row["batch"]}'
+             for name in modes]
+    right.bar(names, [mode['waste'] for mode in modes.values()],
+              color=METHOD_COLOURS[:len(modes)], width=0.6)
+    right.axhline(1.0, color=GREY, linewidth=0.8)
+    right.set_ylim(0.9, None)
+    right.set_title('all layers, text included', fontsize=8)
+  return figure

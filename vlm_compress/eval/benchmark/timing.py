@@ -1,0 +1,80 @@
+"""Times of things that alternate, and the memory that they take."""
+
+from __future__ import annotations
+
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+_PEAK = re.compile(r'^(VmHWM|VmRSS):\s+(\d+) kB', re.MULTILINE)
+
+
+def alternate(cases: Mapping[Any, Callable[[], Any]], repeats: int,
+              warmup: int = 1, tick: Callable[[Any], Any] = lambda name: None,
+              pause: Callable[[Any], float] = lambda name: 0.0
+              ) -> dict[Any, list[float]]:
+  """Times each case once a round, in an order that turns from round to round.
+
+  A machine that is slow for a while is then slow for all of them, and nobody
+  always follows the same neighbour.
+
+  Args:
+    cases: name -> function of nothing; jax arrays that it returns are waited
+      for.
+    repeats: rounds that count; warmup: rounds before, which do not.
+    tick: called with the name of each case that has run.
+    pause: seconds of rest after a case; threads of another library may go on
+      spinning for a while.
+
+  Returns:
+    name -> seconds of each round.
+  """
+  seconds: dict[str, list[float]] = {name: [] for name in cases}
+  names = list(cases)
+  for turn in range(warmup + repeats):
+    first = turn % len(names) if names else 0
+    for name in names[first:] + names[:first]:
+      started = time.perf_counter()
+      jax.block_until_ready(cases[name]())
+      if turn >= warmup:
+        seconds[name].append(time.perf_counter() - started)
+      tick(name)
+      time.sleep(pause(name))
+  return seconds
+
+
+def median_ms(seconds: list[float]) -> float:
+  """Median in milliseconds."""
+  return 1e3 * statistics.median(seconds)
+
+
+def spread(seconds: list[float]) -> float:
+  """(Largest - smallest) / median."""
+  return (max(seconds) - min(seconds)) / statistics.median(seconds)
+
+
+def peak_rise(run: Callable[[], Any]) -> int | None:
+  """Bytes by which the process grows at most while a function runs.
+
+  Reads the kernel's high-water mark, which covers what XLA, torch and Python
+  allocate; None where there is none (not Linux).
+  """
+  gc.collect()
+  try:
+    with open('/proc/self/clear_refs', 'w', encoding='ascii') as file:
+      file.write('5')  # the mark starts again from here
+    before = _memory()['VmRSS']
+  except OSError:
+    return None
+  jax.block_until_ready(run())
+  return max(0, _memory()['VmHWM'] - before)
+
+
+def _memory() -> dict[str, int]:
+  with open('/proc/self/status', encoding='ascii') as file:
+    return {name: 1024 * int(kb) for name, kb in _PEAK.findall(file.read())}
