@@ -1,4 +1,4 @@
-"""README's quickstart table says what the rows in results/quickstart say."""
+"""README's tables say what the rows in results/ say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import pathlib
 
 from vlm_compress.eval import report
+from vlm_compress.eval.benchmark import report as benchmark_report
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,3 +31,13 @@ def test_the_table_is_the_reports(tmp_path):
       assert cells[3:] == want
       checked += 1
   assert checked == len(rows['rows'])
+
+
+def test_the_performance_tables_are_the_benchmarks():
+  found = json.loads((ROOT / 'results/benchmark/benchmark.json').read_text())
+  made = benchmark_report.markdown(found)
+  assert (ROOT / 'results/benchmark/benchmark.md').read_text() == made
+  section = (ROOT / 'README.md').read_text().partition(
+      '<!-- performance: begin')[2].partition('<!-- performance: end')[0]
+  shown = section.partition('-->\n')[2].partition('<!-- tables: end')[0].strip()
+  assert shown == made.strip() and len(found['inference']) >= 20

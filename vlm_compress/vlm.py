@@ -81,7 +81,7 @@ class Vlm:
   @functools.cached_property
   def on_device(self) -> Any:
     """Parameters as device arrays."""
-    return jax.tree.map(jnp.asarray, self.params)
+    return jax.device_put(self.params)
 
   @functools.cached_property
   def segmented(self) -> SegmentedModel:

@@ -48,7 +48,8 @@ def decode(model, state, answers):
   return np.stack(logits, axis=1)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', [
+    'adaptive', pytest.param('first', marks=pytest.mark.slow)])
 def test_a_regrouped_queue_is_its_prompts_one_by_one(name):
   config = CONFIGS[name]
   model = SegmentedModel(config, helpers.build(config)[1])

@@ -2,8 +2,9 @@
 
   vlm-compress export --from=llava7b --to=llava7b-hf
 
-Writes what transformers opens as LlavaForConditionalGeneration.  Parameters
-that the format has no place for are named and written beside it.
+Writes what transformers opens as LlavaForConditionalGeneration and, where there
+is a tokenizer, with AutoProcessor.  Parameters that the format has no place for
+are named and written beside it, where convert finds them again.
 """
 
 from __future__ import annotations

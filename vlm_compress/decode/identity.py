@@ -103,8 +103,8 @@ def fingerprint(params: Any) -> str:
   Args:
     params: a parameter tree.
   """
-  flat = sorted((jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
-                for path, leaf in jax.tree_util.tree_leaves_with_path(params))
+  flat = [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(params)]  # sorted
   blocks = {name: _blocks(leaf) for name, leaf in flat}
   with concurrent.futures.ThreadPoolExecutor(_num_cores()) as pool:
     digests = pool.map(lambda job: _digest(*job), (

@@ -43,18 +43,19 @@ class SegmentedModel:
 
   Args:
     config: of the model.
-    params: parameters with stacked decoder layers, of which it makes copies
-      layer by layer, or with a list of layers; nothing else is copied.
+    params: parameters with stacked decoder layers, or with a list of layers.
+      A stack of device arrays is copied, layer by layer.
   """
 
   def __init__(self, config: LlavaConfig, params: Any):
     self.config = config
     language = dict(params['language_model'])
     stack = language.pop('layers')
-    self.rest = jax.tree.map(jnp.asarray, {**params, 'language_model': language})
+    # On a CPU, device_put shares the memory of aligned numpy arrays.
+    self.rest = jax.device_put({**params, 'language_model': language})
     one = lambda i: (stack[i] if isinstance(stack, list) else
                      jax.tree.map(lambda x: x[i], stack))
-    self.layers = [jax.tree.map(jnp.asarray, one(i))
+    self.layers = [jax.device_put(one(i))
                    for i in range(config.text.num_hidden_layers)]
     spread = [x.sharding for x in jax.tree.leaves(self.rest)
               if len(x.sharding.device_set) > 1]

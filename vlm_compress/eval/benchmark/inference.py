@@ -30,6 +30,7 @@ from vlm_compress.models.llava import Llava
 
 ANSWER = 10  # tokens of the answer whose time is reported
 OUTSIDE_REST = 0.3  # seconds
+NUM_PROMPT = float(subjects.NUM_TEXT - subjects.NUM_BEFORE)
 FULL, FULL_CACHED = 'full', 'full, visual KV cached'
 
 
@@ -45,6 +46,7 @@ class Case:
     entering: float[B, M], visual tokens that enter each layer.
     cached: float[B, M], tokens in each layer's cache after prefill.
     encodes: the picture is encoded (it is not in a cache).
+    selector_flops: what choosing tokens adds, part of `flops`.
   """
   method: str
   model: SegmentedModel
@@ -54,6 +56,7 @@ class Case:
   entering: np.ndarray
   cached: np.ndarray
   encodes: bool = True
+  selector_flops: float = 0.0
 
 
 def cases(subject: Subject, num_rows: int, shares: tuple[float, ...],
@@ -81,9 +84,8 @@ def cases(subject: Subject, num_rows: int, shares: tuple[float, ...],
 
 def _cost(config: Any, tokens: np.ndarray, text: float = subjects.NUM_TEXT
           ) -> tuple[float, float]:
-  parts = efficiency.prefill_cost(
-      config, tokens, text,
-      prompt_tokens=float(subjects.NUM_TEXT - subjects.NUM_BEFORE))
+  parts = efficiency.prefill_cost(config, tokens, text,
+                                  prompt_tokens=NUM_PROMPT)
   return _both(parts)
 
 
@@ -132,9 +134,11 @@ def _atp(subject: Subject, num_rows: int, share: float) -> Case:
   found = calibrate(count, target, config)
   options = PruneOptions(threshold_shift=found.shift)
   tokens = count(found.shift)
+  selector = np.mean(efficiency.selector_flops(config, tokens, NUM_PROMPT))
   return Case(f'ATP {100 * share:g} %', subject.model,
               lambda room: subject.model.prefill(batch, options, room),
-              *_cost(config, tokens), tokens, tokens + subjects.NUM_TEXT)
+              *_cost(config, tokens), tokens, tokens + subjects.NUM_TEXT,
+              selector_flops=float(selector))
 
 
 def _random(subject: Subject, num_rows: int, share: float, tokens: np.ndarray
@@ -249,54 +253,68 @@ def measure(subject: Subject, num_rows: int, *, repeats: int,
   outside = outside or {}
   room = ANSWER * (repeats + 2)
   states = {case.method: case.prefill(room) for case in found}
-  token = np.zeros(num_rows, np.int32)
-
-  def decode(case):
-    for _ in range(ANSWER):
-      logits = case.model.extend(token, states[case.method])
-    return logits
   runs = {('vision', ''): vision_encoder(subject, num_rows, encode)}
   for case in found:
-    runs['prefill', case.method] = (
-        lambda case=case: case.prefill(ANSWER).logits)
-    runs['decode', case.method] = functools.partial(decode, case)
-    if case.method.startswith('ATP'):
-      runs['selector', case.method] = selector(subject, case, num_rows)
+    runs |= _runs(subject, case, states[case.method], num_rows)
   for name, other in outside.items():
     runs['prefill', name], runs['decode', name] = other.prefill, other.decode
   seconds = alternate(runs, repeats, tick=lambda name: tick(' '.join(name)),
                       pause=lambda name: OUTSIDE_REST * (name[1] in outside))
-  ms = {key: median_ms(value) for key, value in seconds.items()}
-  rows = []
-  for case in found:
-    state = states[case.method]
-    count = count_slots(case.model, state)
-    rows.append(_row(subject, case.method, num_rows, ms, case.encodes, {
-        'visual_tokens': float(case.entering.mean()),
-        'prefill_flops': case.flops, 'prefill_flops_dense': case.dense_flops,
-        'kv_bytes': float(np.mean(efficiency.kv_bytes(
-            subject.plain.text, case.cached, subject.plain.dtype))),
-        'slot_waste': count.waste, 'slots': list(state.slots),
-        'peak_bytes': peak_rise(lambda case=case: case.prefill(ANSWER).logits),
-        'spread': spread(seconds['prefill', case.method]),
-        'programs': len(case.model.programs)}))
-  for name, other in outside.items():
-    tokens = np.full((1, subject.plain.text.num_hidden_layers),
-                     float(other.num_visual))
-    flops, dense = _cost(subject.plain, tokens)
-    rows.append(_row(subject, name, num_rows, ms, True, {
-        'visual_tokens': float(other.num_visual), 'prefill_flops': flops,
-        'prefill_flops_dense': dense,
-        'kv_bytes': float(efficiency.kv_bytes(
-            subject.plain.text, tokens[0] + subjects.NUM_TEXT,
-            subject.plain.dtype)),
-        'slot_waste': 1.0, 'slots': [], 'peak_bytes': peak_rise(other.prefill),
-        'spread': spread(seconds['prefill', name]), 'programs': None}))
+  rows = [_row(subject, case.method, num_rows, seconds, case.encodes,
+               _values(subject, case, states[case.method])) for case in found]
+  rows += [_row(subject, name, num_rows, seconds, True,
+                _outside_values(subject, other))
+           for name, other in outside.items()]
   return relate(rows)
 
 
-def _row(subject: Subject, method: str, num_rows: int, ms: dict, encodes: bool,
+def _runs(subject: Subject, case: Case, state: Prefilled, num_rows: int
+          ) -> dict[tuple[str, str], Callable[[], Any]]:
+  """What is timed of a case."""
+  token = np.zeros(num_rows, np.int32)
+
+  def decode():
+    for _ in range(ANSWER):
+      logits = case.model.extend(token, state)
+    return logits
+  runs = {('prefill', case.method): lambda: case.prefill(ANSWER).logits,
+          ('decode', case.method): decode}
+  if case.method.startswith('ATP'):
+    runs['selector', case.method] = selector(subject, case, num_rows)
+  return runs
+
+
+def _values(subject: Subject, case: Case, state: Prefilled) -> dict[str, Any]:
+  """The columns of a row that are not times."""
+  return {
+      'visual_tokens': float(case.entering.mean()),
+      'prefill_flops': case.flops, 'prefill_flops_dense': case.dense_flops,
+      'selector_flops': case.selector_flops,
+      'kv_bytes': float(np.mean(efficiency.kv_bytes(
+          subject.plain.text, case.cached, subject.plain.dtype))),
+      'slot_waste': count_slots(case.model, state).waste,
+      'slots': list(state.slots),
+      'peak_bytes': peak_rise(lambda: case.prefill(ANSWER).logits),
+      'programs': len(case.model.programs)}
+
+
+def _outside_values(subject: Subject, other: Any) -> dict[str, Any]:
+  text = subject.plain.text
+  tokens = np.full((1, text.num_hidden_layers), float(other.num_visual))
+  flops, dense = _cost(subject.plain, tokens)
+  return {
+      'visual_tokens': float(other.num_visual), 'prefill_flops': flops,
+      'prefill_flops_dense': dense, 'selector_flops': 0.0,
+      'kv_bytes': float(efficiency.kv_bytes(
+          text, tokens[0] + subjects.NUM_TEXT, subject.plain.dtype)),
+      'slot_waste': 1.0, 'slots': [], 'peak_bytes': peak_rise(other.prefill),
+      'programs': None}
+
+
+def _row(subject: Subject, method: str, num_rows: int,
+         seconds: dict[tuple[str, str], list[float]], encodes: bool,
          values: dict[str, Any]) -> dict[str, Any]:
+  ms = {key: median_ms(value) for key, value in seconds.items()}
   vision = ms['vision', ''] if encodes else 0.0
   decode = ms['decode', method] / ANSWER
   prefill = ms['prefill', method]
@@ -304,7 +322,8 @@ def _row(subject: Subject, method: str, num_rows: int, ms: dict, encodes: bool,
           'batch': num_rows, 'method': method, 'vision_ms': vision,
           'selector_ms': ms.get(('selector', method), 0.0),
           'prefill_ms': prefill, 'decode_ms': decode,
-          'answer_ms': vision + prefill + (ANSWER - 1) * decode, **values}
+          'answer_ms': vision + prefill + (ANSWER - 1) * decode,
+          'spread': spread(seconds['prefill', method]), **values}
 
 
 def relate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ INFERENCE = ('method', 'visual tokens', 'vision ms', 'selector ms', 'prefill ms'
              'decode ms/token', '10-token answer ms', 'prefill FLOP',
              'KV cache', 'peak memory', 'slot waste', 'time ratio',
              'FLOP ratio', 'time / FLOP')
+SELECTOR = ('selector of', 'ms', 'of prefill time', 'of prefill FLOP')
 TRAINING = ('step', 'ms', 'temporaries', 'peak memory', 'time ratio',
             'memory ratio')
 ADAPTIVE = ('model', 'visual tokens', 'batches', 'slot waste', 'ms / prompt')
@@ -46,6 +47,10 @@ def markdown(found: Mapping[str, Any]) -> str:
   out = []
   for key, rows in _groups(found['inference']).items():
     out += [f'**{title(*key)}**', '', *_table(INFERENCE, map(_inference, rows)), '']
+  selectors = [row for row in found['inference'] if row['selector_ms'] > 0]
+  if selectors:
+    out += ['**Scores, thresholds and moving what is kept**', '',
+            *_table(SELECTOR, map(_selector, selectors)), '']
   if found['adaptive']:
     out += ['**Adaptive counts and static shapes**', '',
             *_table(ADAPTIVE, [line for row in found['adaptive']
@@ -91,6 +96,13 @@ def _inference(row: Mapping[str, Any]) -> list[str]:
           _bytes(row['kv_bytes']), _bytes(row['peak_bytes']),
           f'{row["slot_waste"]:.2f}', f'{row["time_ratio"]:.3f}',
           f'{row["flop_ratio"]:.3f}', f'{row["time_over_flops"]:.2f}']
+
+
+def _selector(row: Mapping[str, Any]) -> list[str]:
+  name = title(row['subject'], row['dtype'], row['batch'])
+  return [f'{row["method"]}, {name}', _ms(row['selector_ms']),
+          f'{100 * row["selector_ms"] / row["prefill_ms"]:.1f} %',
+          f'{100 * row["selector_flops"] / row["prefill_flops"]:.2f} %']
 
 
 def _adaptive(row: Mapping[str, Any]) -> list[list[str]]:
