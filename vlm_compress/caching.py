@@ -118,12 +118,9 @@ def identity_of(vlm: Vlm, image: Any, num_voco_tokens: int | None = None,
     DataError: also, the picture is none.
   """
   layout, config = layout_of(vlm, num_voco_tokens, prompt), vlm.config
-  mode = vlm.processor.image_aspect_ratio if vlm.processor else 'pad'
-  pixels = images_lib.tower_pixels(images_lib.open_picture(image), config.vision,
-                                   mode)
   method = own_method(config)
   return Identity(
-      method, identity_lib.pixels_hash(pixels), fingerprint(vlm),
+      method, identity_lib.pixels_hash(vlm.pixels(image)), fingerprint(vlm),
       identity_lib.config_hash(config), layout,
       voco_count(config, num_voco_tokens) if method == 'voco' else 0, prompt)
 

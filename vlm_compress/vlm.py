@@ -120,11 +120,15 @@ class Vlm:
           f'{where} has no ATP modules; use method full')
     return name
 
+  def pixels(self, image: Any) -> np.ndarray:
+    """A picture (see `generate`) as the tower sees it, uint8[S, S, 3]."""
+    mode = self.processor.image_aspect_ratio if self.processor else 'pad'
+    return np.asarray(images_lib.tower_pixels(
+        images_lib.open_picture(image), self.config.vision, mode))
+
   def features(self, image: Any) -> np.ndarray:
     """Vision features of a picture (see `generate`), float[P', Dv]."""
-    mode = self.processor.image_aspect_ratio if self.processor else 'pad'
-    pixels = np.asarray(images_lib.tower_pixels(
-        images_lib.open_picture(image), self.config.vision, mode))
+    pixels = self.pixels(image)
     key = hashlib.sha256(pixels).digest()
     if key not in self._features:
       while len(self._features) >= _PICTURES_KEPT:

@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,13 @@ from rich.table import Table
 
 from vlm_compress import api, atomic
 from vlm_compress.cli.arguments import MAX_SEED, Parser, number
+from vlm_compress.cli.pictures import picture_paths
 from vlm_compress.cli.stage import bridge
 from vlm_compress.cli.train import load_page, override
 from vlm_compress.cli.workspace import Split, check_tower, open_split
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.convert.files import load_config, new_directory
 from vlm_compress.convert.processor import load_processor
-from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example
 from vlm_compress.data.prompts import prompt_row
 from vlm_compress.data.templates import TEMPLATES
@@ -41,8 +41,6 @@ from vlm_compress.eval import calibration
 from vlm_compress.eval.calibration import Calibration, Prompts
 from vlm_compress.eval.evaluator import Question, questions_of
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff',
-            '.ppm', '.pgm', '.pbm', '.pnm')  # of data.images.FORMATS
 NUM_PROMPTS = 512
 WIDE = 100  # columns that a table may take
 
@@ -213,26 +211,6 @@ def with_atp(vlm: api.Vlm, **fields: Any) -> api.Vlm:
   """The same model with fields of its AtpConfig replaced."""
   atp = dataclasses.replace(vlm.config.atp, **fields)
   return dataclasses.replace(vlm, config=dataclasses.replace(vlm.config, atp=atp))
-
-
-def picture_paths(paths: Sequence[pathlib.Path]) -> Iterator[pathlib.Path]:
-  """Files as they are; of directories the pictures in them, sorted.
-
-  Hidden files, files of other kinds and what lies deeper are left out.
-
-  Raises:
-    DataError: a directory has no picture.
-  """
-  for path in paths:
-    if not path.is_dir():
-      yield path
-      continue
-    inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES
-                    and not p.name.startswith('.') and p.is_file())
-    if not inside:
-      raise DataError(f'{path} has no picture in it ({" ".join(SUFFIXES)}); '
-                      'name the directory that has')
-    yield from inside
 
 
 def remembering(vlm: api.Vlm, prompts: Prompts, bar: Progress
