@@ -44,6 +44,35 @@ def test_a_block_that_raises_changes_nothing(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['file.bin']
 
 
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError, SystemExit])
+@pytest.mark.parametrize('there', [True, False])
+def test_a_directory_that_is_half_full_is_gone(error, there, tmp_path):
+  path = tmp_path / 'above' / 'model'
+  if there:
+    path.mkdir(parents=True)
+  with pytest.raises(error), atomic.directory(path) as work:
+    assert work.parent == path.parent and work != path
+    (work / 'inner').mkdir()
+    (work / 'inner/file').write_text('half')
+    raise error
+  assert path.is_dir() == there and not (there and [*path.iterdir()])
+  assert [p.name for p in path.parent.iterdir()] == ['model'] * there
+
+
+def test_a_directory_appears_whole(tmp_path):
+  path = tmp_path / 'model'
+  with atomic.directory(path) as work:
+    (work / 'file').write_text('all')
+    assert not path.exists()
+  assert (path / 'file').read_text() == 'all'
+  assert [p.name for p in tmp_path.iterdir()] == ['model']
+  for taken in (path, path / 'file'):  # nothing is written over
+    with pytest.raises(FileExistsError), atomic.directory(taken):
+      pytest.fail('entered')
+  assert (path / 'file').read_text() == 'all'
+  assert [p.name for p in tmp_path.iterdir()] == ['model']
+
+
 def test_two_writers_do_not_meet(tmp_path):
   path = tmp_path / 'file.bin'
   with atomic.replace(path) as outer, atomic.replace(path) as inner:

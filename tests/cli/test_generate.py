@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -13,6 +14,8 @@ from PIL import Image
 
 from vlm_compress import api
 from vlm_compress.cli import __main__ as cli
+from vlm_compress.config import ConfigError
+from vlm_compress.decode.sampling import sample
 
 QUESTIONS = ['what is this', 'a cat on the left side', 'is the dog red']
 
@@ -137,3 +140,57 @@ def test_without_a_processor_the_template_has_to_be_said(run, vlm, tmp_path):
   want = run('--prompt=what is this')
   assert want == run('--prompt=what is this', '--template=short',
                      checkpoint=tmp_path)
+
+
+def test_sampling_is_as_the_flags_say(run, vlm, pictures):
+  """Each flag alone changes the answer, and all reach the function."""
+  hot = {'temperature': 3.0, 'top_p': 0.7, 'seed': 5}
+  cases = [hot, {**hot, 'seed': 6}, {**hot, 'top_p': 0.2},
+           {**hot, 'temperature': 1.0}, {'temperature': 0.0, 'seed': 5}]
+  said = []
+  for options in cases:
+    flags = [f'--{name.replace("_", "-")}={value}' for name, value in options.items()]
+    code, out, err = run('--prompt=a cat', '--method=full', *flags)
+    assert (code, err) == (0, '')
+    assert out == answers(vlm, pictures, ['a cat'], method='full', **options)[0] + '\n'
+    assert out == run('--prompt=a cat', '--method=full', *flags)[1]  # again
+    said.append(out)
+  assert said[0] not in said[1:], said
+  greedy, = answers(vlm, pictures, ['a cat'], method='full')
+  assert said[-1] == greedy + '\n'
+
+
+@pytest.mark.parametrize('more', [[], ['--interactive']])
+def test_fewer_voco_tokens(run, vlm, pictures, more, monkeypatch):
+  monkeypatch.setattr('sys.stdin', io.StringIO(''))
+  one, = answers(vlm, pictures, ['a cat'], num_voco_tokens=1)
+  two, = answers(vlm, pictures, ['a cat'])
+  assert one != two
+  code, out, err = run('--prompt=a cat', '--num-voco-tokens=1', *more)
+  assert (code, out, err) == (0, one + '\n', '')
+
+
+def test_the_nucleus_is_the_smallest_that_reaches_top_p():
+  """Probabilities 1/2, 1/4, 1/4: the first alone is half of it."""
+  import jax
+  logits = jax.numpy.log(jax.numpy.array([[0.5, 0.25, 0.25]]))
+  draw = lambda top_p: {int(sample(logits, jax.random.key(seed), 1.0, top_p)[0])
+                        for seed in range(40)}
+  assert draw(0.5) == {0} and draw(0.51) == draw(1.0) == {0, 1, 2}
+
+
+def test_bytes_that_are_no_text_are_one_line(run, monkeypatch):
+  code, out, err = run('--prompt=caf\udce9 cat')
+  assert (code, out) == (2, '') and err.count('\n') == 1
+  assert "caf\\udce9 cat\\n' holds bytes that are no UTF-8" in err
+  monkeypatch.setattr('sys.stdin', io.StringIO('caf\udce9\na cat\n'))
+  code, out, err = run('--interactive')
+  assert code == 2 and err.count('\n') == out.count('\n') == 1
+
+
+def test_a_compressed_image_has_seen_what_the_prompt_says(vlm, pictures):
+  image = api.compress_image(vlm, pictures[0])
+  other = dataclasses.replace(image, segment_ids=image.segment_ids[::-1])
+  api.generate(vlm, 'a cat', [image], max_new_tokens=1)
+  with pytest.raises(ConfigError, match='other tokens between image and VoCo'):
+    api.generate(vlm, 'a cat', [other], max_new_tokens=1)

@@ -21,6 +21,7 @@ from vlm_compress.cli import __main__ as cli
 from vlm_compress.convert import files, from_hf, gguf_files
 from vlm_compress.convert.tensors import TensorFiles
 from vlm_compress.data.tokenizer import load as load_tokenizer
+from vlm_compress.data.tokenizer import word_level
 
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KV, HEAD = 300, 32, 48, 2, 4, 2, 8
 SIZES = {'vocab_size': VOCABULARY, 'context_length': 64,
@@ -114,13 +115,13 @@ def add_vocabulary(writer, bools):
     writer.add_bool(key, value)
 
 
-@pytest.fixture(scope='module')
-def clip(tmp_path_factory):
+@pytest.fixture(scope='module', name='clip')
+def fixture_clip(tmp_path_factory):
   """A directory with a CLIP tower alone."""
   root = tmp_path_factory.mktemp('clip')
-  from test_conversion import NoTokenizer, random_params
+  from test_conversion import TOKENIZER, random_params
   config = helpers.tiny(image_token_index=95)
-  files.save_model(root / 'ours', random_params(config), config, NoTokenizer())
+  files.save_model(root / 'ours', random_params(config), config, TOKENIZER)
   assert run('export', '--from', root / 'ours', '--to', root / 'hf') == 0
   tensors = safetensors.numpy.load_file(root / 'hf' / files.WEIGHTS)
   (root / 'clip').mkdir()
@@ -265,12 +266,13 @@ def test_a_tokenizer_beside_it_is_kept(clip, tmp_path, capsys):
   source = tmp_path / 'source'
   source.mkdir()
   write(source / 'a.gguf', weights())
-  (source / 'tokenizer.json').write_text('{"model": {"vocab": {"a": 0}}}')
+  (source / 'generation_config.json').write_text('{"eos_token_id": 2}')
+  word_level(['a']).save(source / 'tokenizer.json')
   converted(source, clip, tmp_path / 'to')
   assert 'is built' not in capsys.readouterr().out
-  assert (tmp_path / 'to/tokenizer.json').read_text().startswith('{"model"')
+  assert load_tokenizer(tmp_path / 'to/tokenizer.json').vocab_size == 6
   assert not (tmp_path / 'to/tokenizer_config.json').exists()
-  (source / 'tokenizer.json').write_text('{"model": {"vocab": {"a": 300}}}')
+  word_level(f'w{i}' for i in range(296)).save(source / 'tokenizer.json')
   line = refused(capsys, source, clip, tmp_path / 'to2')
   assert '301 tokens' in line and '300 rows' in line
 

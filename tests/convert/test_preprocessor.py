@@ -45,13 +45,59 @@ def test_what_is_read(tmp_path):
     ({'size': {'height': 336, 'width': 336}}, ['size=', 'shortest_edge']),
     ({'size': {'shortest_edge': 224}}, ['224', '336']),
     ({'crop_size': {'height': 336, 'width': 300}}, ['crop_size', '300']),
-    ({'tiles': 4}, ['tiles', 'NEUTRAL'])])
-def test_what_is_refused(tmp_path, change, words):
+    ({'tiles': 4}, ['tiles', 'NEUTRAL']),
+    ({'image_mean': 0.5}, ['image_mean=0.5']),
+    ({'image_mean': ['a', 'b', 'c']}, ["image_mean=['a'"]),
+    ({'image_std': None}, ['image_std=None']),
+    ({'rescale_factor': 'x'}, ["rescale_factor='x'"]),
+    ({'rescale_factor': None}, ['rescale_factor=None']),
+    ({'do_resize': None}, ['do_resize=None']),
+    ({'do_pad': 'no'}, ["do_pad='no'", 'true or false']),
+    ({'do_center_crop': 1}, ['do_center_crop=1']),
+    ({'default_to_square': True}, ['default_to_square']),
+    ({'size': True}, ['size=True']),
+    ({'size': {}}, ['size={}']),
+    ({'crop_size': {'height': [336], 'width': [336]}}, ['crop_size'])])
+@pytest.mark.parametrize('inside', [False, True])
+def test_what_is_refused(tmp_path, change, words, inside):
   with pytest.raises(ConfigError) as caught:
-    mode(tmp_path, {**CLIP, **change})
+    (newer if inside else mode)(tmp_path, {**CLIP, **change})
   message = str(caught.value)
-  assert str(tmp_path) in message and '\n' not in message
+  name = 'processor_config.json, image_processor' if inside else (
+      'preprocessor_config.json')
+  assert message.startswith(f'{tmp_path / name}: ') and '\n' not in message
   assert all(word in message for word in words), message
+
+
+def newer(directory, values, size=336):
+  """As transformers 5 writes it."""
+  path = directory / 'processor_config.json'
+  path.write_text(json.dumps({
+      'processor_class': 'LlavaProcessor', 'patch_size': 14,
+      'image_processor': values}))
+  return preprocessor.aspect_mode(directory, size)
+
+
+def test_inside_the_processors_file(tmp_path):
+  assert newer(tmp_path, CLIP) == 'crop'
+  assert newer(tmp_path, {**CLIP, 'do_pad': True}) == 'pad'
+  (tmp_path / 'processor_config.json').write_text('{"patch_size": 14}')
+  assert preprocessor.aspect_mode(tmp_path, 336) is None  # an older one
+  assert mode(tmp_path, CLIP) == 'crop'
+  for values in ('3', '[]', '{"image_processor": 3}', '{"image_processor": []}', '{'):
+    (tmp_path / 'processor_config.json').write_text(values)
+    with pytest.raises(ConfigError, match='/processor_config.json'):
+      preprocessor.aspect_mode(tmp_path, 336)
+
+
+@pytest.mark.parametrize('pads', [True, False])
+def test_both_files_must_agree(pads, tmp_path):
+  newer(tmp_path, {**CLIP, 'do_pad': pads})
+  assert mode(tmp_path, {**CLIP, 'do_pad': pads}) == ('pad' if pads else 'crop')
+  with pytest.raises(ConfigError, match='contradict each other') as caught:
+    mode(tmp_path, {**CLIP, 'do_pad': not pads})
+  for name in ('preprocessor_config.json', 'processor_config.json'):
+    assert str(tmp_path / name) in str(caught.value)
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '3'])

@@ -24,6 +24,7 @@ import safetensors.torch  # noqa: E402
 from test_llama_parity import compare, spread  # noqa: E402
 
 from vlm_compress.cli import __main__ as cli  # noqa: E402
+from vlm_compress.convert import hf_config  # noqa: E402
 from vlm_compress.convert.files import load_config, load_params  # noqa: E402
 from vlm_compress.models.llava import Llava  # noqa: E402
 from vlm_compress.models.sequence import expand_row, make_batch  # noqa: E402
@@ -49,6 +50,9 @@ VARIANTS = {
         {'vision_feature_layer': -1, 'tie_word_embeddings': True,
          'vision_feature_select_strategy': 'full'}),
     'qwen2': ({'model_type': 'qwen2', 'num_key_value_heads': 2}, {}, {}),
+    'qwen2, odd heads': ({'model_type': 'qwen2', 'num_key_value_heads': 2,
+                          'head_dim': 22}, {}, {}),
+    'projector of tanh': ({}, {}, {'projector_hidden_act': 'gelu_pytorch_tanh'}),
     '56 px': ({}, {'image_size': 56, 'patch_size': 14}, {}),
     '336 px': ({}, {'image_size': 336, 'patch_size': 14}, {}),
 }
@@ -168,6 +172,52 @@ def test_other_layouts_hold_the_same(layout, tmp_path):
     safetensors.torch.save_file(model.state_dict(), other / 'model.safetensors')
   convert('--from', other, '--to', tmp_path / 'got')
   same_weights(tmp_path / 'got', tmp_path / 'want')
+
+
+@pytest.mark.parametrize('place', ['rope_scaling', 'rope_parameters', None])
+def test_places_of_rope_theta(place, tmp_path):
+  """What transformers itself makes of the file is what counts."""
+  build('llava 1.5').save_pretrained(tmp_path / 'hf')
+  path = tmp_path / 'hf/config.json'
+  values = json.loads(path.read_text())
+  text = values['text_config']
+  for name in ('rope_parameters', 'rope_scaling', 'rope_theta'):
+    text.pop(name, None)
+  text |= ({'rope_theta': 5e5} if place is None else
+           {place: {'rope_type': 'default', 'rope_theta': 5e5}})
+  path.write_text(json.dumps(values))
+  model = transformers.LlavaForConditionalGeneration.from_pretrained(
+      tmp_path / 'hf', attn_implementation='eager').eval()
+  convert('--from', tmp_path / 'hf', '--to', tmp_path / 'ours')
+  ids, pixels = example(model)
+  compare(f'rope base in {place}', our_logits(tmp_path / 'ours', ids, pixels),
+          their_logits(model, ids, pixels), MODEL)
+
+
+def test_absent_fields_have_their_defaults():
+  theirs = {'llama': transformers.LlamaConfig(), 'qwen2': transformers.Qwen2Config()}
+  for kind, config in theirs.items():
+    ours = hf_config.text_config({'model_type': kind}, 'here')
+    for name in ('vocab_size', 'hidden_size', 'intermediate_size',
+                 'num_hidden_layers', 'num_attention_heads', 'rms_norm_eps',
+                 'max_position_embeddings', 'tie_word_embeddings',
+                 'initializer_range'):
+      assert getattr(ours, name) == getattr(config, name), (kind, name)
+    assert ours.rope_theta == config.rope_parameters['rope_theta']
+    assert ours.num_key_value_heads == (
+        config.num_key_value_heads if kind == 'llama' else 32)
+  whole = transformers.LlavaConfig()
+  ours = hf_config.llava_config({'model_type': 'llava'}, 'here')
+  for tower, config in ((hf_config.vision_config({}, 'here'),
+                         transformers.CLIPVisionConfig()),
+                        (ours.vision, whole.vision_config)):
+    for name in ('image_size', 'patch_size', 'hidden_size', 'intermediate_size',
+                 'num_hidden_layers', 'num_attention_heads', 'layer_norm_eps',
+                 'hidden_act'):
+      assert getattr(tower, name) == getattr(config, name), name
+  for name in ('vision_feature_layer', 'vision_feature_select_strategy',
+               'projector_hidden_act', 'image_token_index'):
+    assert getattr(ours, name) == getattr(whole, name), name
 
 
 def same_weights(got, want):

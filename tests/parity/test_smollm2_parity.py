@@ -22,6 +22,7 @@ transformers = pytest.importorskip(
 
 import gguf
 import wheel_files
+from PIL import Image
 from tokenizer_texts import many_texts
 
 from vlm_compress.cli import __main__ as cli
@@ -96,14 +97,20 @@ def theirs(reader):
 
 
 @pytest.fixture(scope='module')
-def ours(tmp_path_factory):
-  """The converted model: tokenizer, config, parameters."""
+def root(tmp_path_factory):
+  """A directory with the converted model in it, `ours`."""
   root = tmp_path_factory.mktemp('smollm2')
   transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
       **TOWER)).save_pretrained(root / 'clip')
   path = wheel_files.extracted(wheel_files.SMOLLM2)
   assert cli.main(['convert', '--llm', str(path), '--vision',
                    str(root / 'clip'), '--to', str(root / 'ours')]) == 0
+  return root
+
+
+@pytest.fixture(scope='module')
+def ours(root):
+  """The converted model: tokenizer, config, parameters."""
   return (load_tokenizer(root / 'ours' / TOKENIZER),
           load_config(root / 'ours'),
           jax.tree.map(jnp.asarray, load_params(root / 'ours')))
@@ -151,6 +158,27 @@ def test_greedy_answer(ours, theirs):
   print(repr(tokenizer.decode(got)))
   assert got[:len(want)] == want
   assert 'Paris' in tokenizer.decode(got)
+
+
+def test_exported_it_answers_the_same_and_ends(root, ours):
+  """Text in, text out: transformers knows ids, placeholder and end."""
+  tokenizer, config, _ = ours
+  assert cli.main(['export', '--from', str(root / 'ours'), '--to',
+                   str(root / 'hf')]) == 0
+  processor = transformers.AutoProcessor.from_pretrained(root / 'hf')
+  model = transformers.LlavaForConditionalGeneration.from_pretrained(
+      root / 'hf', attn_implementation='eager').eval()
+  assert model.generation_config.eos_token_id == tokenizer.eos_id == 2
+  text = '<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n'
+  with torch.no_grad():
+    said = model.generate(**processor(text=text, return_tensors='pt'),
+                          do_sample=False, max_new_tokens=24)
+  answer = said[0].tolist()
+  assert answer[-1] == 2 and 'Paris' in processor.decode(answer)
+  image = Image.new('RGB', (20, 30), 'red')
+  ids = processor(images=image, text='<image>hi', return_tensors='pt')['input_ids']
+  assert ids[0].tolist() == [config.text.vocab_size] * config.num_patches + (
+      tokenizer.encode('hi'))
 
 
 @pytest.mark.parametrize('words,name', [('gpt-2', 'GPT2Tokenizer'),

@@ -1,7 +1,13 @@
-"""The outside reference: transformers' LLaMA in torch, with the same weights."""
+"""The outside reference: transformers' LLaMA in torch, with the same weights.
+
+In float32 torch reads the very arrays that jax has (a product with a transposed
+view takes as long as one with torch's own layout), so both fit into memory; in
+bfloat16, where it would be slower, it has copies in its own layout.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +28,7 @@ def available() -> str | None:
 
 
 def build(subject: subjects.Subject) -> Any:
-  """transformers' model of the subject's decoder, with copies of its weights."""
+  """transformers' model of the subject's decoder."""
   import torch
   import transformers
   text = subject.plain.text
@@ -67,11 +73,14 @@ def _state(model: SegmentedModel, convert: Any):
 def _to_torch(x: Any, transposed: bool = False) -> Any:
   import torch
   array = np.asarray(x)
-  half = array.dtype == jnp.bfloat16
-  array = array.view(np.uint16) if half else array
-  array = np.array(array.T if transposed else array, order='C')
-  tensor = torch.from_numpy(array)
-  return tensor.view(torch.bfloat16) if half else tensor
+  if array.dtype == jnp.bfloat16:
+    array = array.view(np.uint16)
+    array = np.array(array.T if transposed else array, order='C')
+    return torch.from_numpy(array).view(torch.bfloat16)
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
+    tensor = torch.from_numpy(array)
+  return tensor.T if transposed else tensor
 
 
 class Reference:
