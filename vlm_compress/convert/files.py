@@ -23,16 +23,17 @@ from jax.sharding import Mesh
 
 from vlm_compress import atomic, sharding
 from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
+from vlm_compress.convert.preprocessor import PREPROCESSOR, PROCESSORS
 from vlm_compress.convert.processor import PROCESSOR, Processor, save_processor
 from vlm_compress.convert.tensors import FLOATS, TensorFiles
+from vlm_compress.convert.vocabulary import ADDED, ROLES, SENTENCEPIECE, TOKENIZER
 from vlm_compress.models.llava import Llava, init_params
 
-WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
-GENERATION = 'generation_config.json'
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+GENERATION, SPECIALS = 'generation_config.json', 'special_tokens_map.json'
 # Of other formats, kept beside the weights when they are there.
-TOKENIZER_FILES = (TOKENIZER, 'tokenizer.model', 'tokenizer_config.json',
-                   'special_tokens_map.json', 'added_tokens.json',
-                   'preprocessor_config.json', 'processor_config.json',
+TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, ROLES, SPECIALS, ADDED,
+                   PREPROCESSOR, PROCESSORS,
                    'chat_template.json', 'chat_template.jinja', GENERATION)
 
 
@@ -114,7 +115,8 @@ def generation_ends(directory: str | os.PathLike) -> list[int]:
     found = [] if found is None else found
     return [int(i) for i in (found if isinstance(found, list) else [found])]
   except (ValueError, TypeError, AttributeError) as e:
-    raise ConfigError(f'{path}: no readable eos_token_id ({e!r})') from e
+    raise ConfigError(f'{path}: no readable eos_token_id ({e!r}); '
+                      'correct it, or remove the file') from e
 
 
 def _replace(path: pathlib.Path, write) -> None:

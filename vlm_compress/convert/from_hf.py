@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_compress.config import PARAM_DTYPES, LlavaConfig, check, to_dict
-from vlm_compress.convert import hf_config, rules, vocabulary
+from vlm_compress.convert import adapters, hf_config, rules, vocabulary
 from vlm_compress.convert.files import CONFIG, GENERATION, WEIGHTS, abstract_params, new_directory
 from vlm_compress.convert.gguf_files import GgufFile
 from vlm_compress.convert.processor import Processor, save_processor
@@ -120,10 +120,11 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
   """
   found = recognise(source, vision, projector, allow_pickle)
   config, notes = with_voco(found.config, source, num_voco_tokens)
+  split = config.voco is not None and found.config.voco is None
   decoder = found.parts['decoder'][0]
   tokenizer = vocabulary.build(
       source, decoder.metadata if isinstance(decoder, GgufFile) else None,
-      config.text.vocab_size + (config.voco is not None))
+      config.text.vocab_size + split)
   if found.token_ids and not (source / GENERATION).is_file():
     tokenizer[GENERATION] = json.dumps(found.token_ids, indent=1)
   stored = found.stored_dtype(dtype)
@@ -132,29 +133,44 @@ def make_plan(source: pathlib.Path, vision: pathlib.Path | None = None, *,
   config = dataclasses.replace(  # bfloat16 has fewer digits than float16
       config, param_dtype=stored,
       dtype='bfloat16' if stored == 'bfloat16' else 'float32')
-  shapes, pieces = parameter_shapes(config), []
+  shapes = parameter_shapes(config)
+  pieces = _pieces(found, config, shapes)
+  if split:
+    pieces = list(_split_voco(pieces, config.text.vocab_size))
+  _balance(pieces, found)
+  fresh = _check_shapes(pieces, shapes, allow_fresh=not found.has_projector)
+  template = 'vicuna_v1' if config.voco is None else 'voco_v1'
+  processor = Processor(found.template or template, found.image_aspect_ratio)
+  return Plan(config, pieces, shapes, fresh, [*found.notes, *notes], tokenizer,
+              processor)
+
+
+def _pieces(found: Found, config: LlavaConfig,
+            shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
+  """All pieces of the model, before VoCo's row is split off; `shapes` gets
+  those that are carried along.
+  """
+  pieces = []
   for part, (rows, layers) in _tables(config).items():
     if part in found.parts:
       tensors, prefix = found.parts[part]
       pieces += [Piece(tensors, key, *target) for key, target in rules.expand(
           rows, prefix, rules.PARTS[part].root, layers).items()]
-    check(part != 'head' or part in found.parts, f'{source} has no '
+    check(part != 'head' or part in found.parts,
+          f'{found.parts["decoder"][0].where} has no '
           'lm_head.weight; if the head is the embedding, set '
           f'"tie_word_embeddings": true in {hf_config.CONFIG}')
   tensors, prefix = found.parts['tower']
-  for key, target in rules.expand(rules.CARRIED, prefix,
-                                  rules.PARTS['tower'].root, 0).items():
-    if key in tensors.keys:
+  carried = rules.expand(rules.CARRIED, prefix, rules.PARTS['tower'].root, 0)
+  if any(key in tensors.keys for key in carried):
+    for key, target in carried.items():
       pieces.append(Piece(tensors, key, *target))
       shapes[target[0]] = (config.vision.hidden_size,)
-  if config.voco is not None:
-    pieces = list(_split_voco(pieces, config.text.vocab_size))
-  _balance(pieces, found)
-  fresh = _check_shapes(pieces, shapes, allow_fresh=not found.has_projector)
-  processor = Processor('vicuna_v1' if config.voco is None else 'voco_v1',
-                        found.image_aspect_ratio)
-  return Plan(config, pieces, shapes, fresh, [*found.notes, *notes], tokenizer,
-              processor)
+  if 'adapters' in found.parts:
+    tensors, _ = found.parts['adapters']
+    pieces += [Piece(tensors, path, path, None, 'same') for path in shapes
+               if adapters.is_adapter(path)]
+  return pieces
 
 
 def _tables(config: LlavaConfig) -> dict[str, tuple[list[rules.Rule], int]]:
@@ -236,7 +252,9 @@ def _check_shapes(pieces: list[Piece], shapes: dict[str, tuple[int, ...]],
 
 def convert(plan: Plan, directory: pathlib.Path, *,
             copy_from: pathlib.Path | None = None, seed: int = 0,
-            advance: Callable[[int], Any] = lambda n: None) -> None:
+            advance: Callable[[int], Any] = lambda n: None,
+            verify: Callable[[pathlib.Path], Any] = lambda directory: None
+            ) -> None:
   """Writes a model directory, whole or not at all.
 
   Args:
@@ -245,6 +263,7 @@ def convert(plan: Plan, directory: pathlib.Path, *,
     copy_from: directory whose tokenizer files are copied.
     seed: of parameters that no source has.
     advance: called with the number of bytes just written.
+    verify: called with the directory, when all is written, before it appears.
 
   Raises:
     ConfigError: the directory has something in it.
@@ -264,6 +283,7 @@ def convert(plan: Plan, directory: pathlib.Path, *,
     (work / CONFIG).write_text(json.dumps(to_dict(plan.config), indent=1))
     for name, text in plan.tokenizer.items():
       (work / name).write_text(text, encoding='utf-8')
+    verify(work)
 
 
 def _fresh(plan: Plan, seed: int) -> dict[str, np.ndarray]:

@@ -34,6 +34,9 @@ _FIELDS = {
     'rope_theta', 'context_length': 'max_position_embeddings'}
 _OPTIONAL = {'attention.head_count_kv', 'attention.key_length',
              'rope.freq_base'}
+# Roles of tokens, and the field that has the id.
+_ROLES = {'bos': 'bos_token_id', 'eos': 'eos_token_id',
+          'padding': 'pad_token_id'}
 # Keys with the values that this code implements; other keys are refused.
 _FIXED: dict[str, tuple[Any, ...]] = {
     'rope.scaling.type': ('none',), 'attention.causal': (True,),
@@ -240,6 +243,8 @@ def text_values(file: GgufFile) -> dict[str, Any]:
         f'{where} has no tensor token_embd.weight')
   out['vocab_size'] = file.shape('model.embed_tokens.weight')[0]
   out['tie_word_embeddings'] = 'lm_head.weight' not in file.keys
+  for role, field in _ROLES.items():
+    out[field] = file.metadata.get(f'tokenizer.ggml.{role}_token_id')
   allowed = {**_FIXED, 'attention.value_length': (size,),
              'rope.dimension_count': (size,), 'vocab_size': (out['vocab_size'],)}
   for key, value in sorted(found.items()):

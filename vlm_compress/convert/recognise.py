@@ -11,14 +11,13 @@ import pathlib
 from typing import Any
 
 from vlm_compress.config import ConfigError, LlavaConfig, VocoConfig, check
-from vlm_compress.convert import gguf_files, hf_config, preprocessor, rules
-from vlm_compress.convert.files import TOKENIZER
+from vlm_compress.convert import adapters, gguf_files, hf_config, preprocessor, rules
 from vlm_compress.convert.gguf_files import GgufFile
 from vlm_compress.convert.pickled import open_tensors
 from vlm_compress.convert.tensors import FLOATS, TensorFiles
+from vlm_compress.convert.vocabulary import ADDED, ROLES, TOKENIZER
 
 VOCO_TOKEN = '<voco>'
-SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 # Names of the file that LLaVA's first stage leaves.
 PROJECTOR_FILES = ('mm_projector.safetensors', 'mm_projector.bin')
 _PROJECTORS = ('projector', 'original projector')
@@ -30,17 +29,19 @@ class Found:
 
   Attributes:
     config: of the model, VoCo's row still in the vocabulary.
-    parts: name in rules.PARTS -> its tensors and the prefix of its keys, for
-      the parts that are there.
+    parts: name in rules.PARTS, or 'adapters' -> its tensors and the prefix of
+      its keys, for the parts that are there.
     image_aspect_ratio: how its pictures become squares.
     notes: what a reader of the result should know.
     token_ids: of BOS, EOS and padding, where config.json has them.
+    template: conversation template, where an export says it.
   """
   config: LlavaConfig
   parts: dict[str, tuple[TensorFiles | GgufFile, str]]
   image_aspect_ratio: str
   notes: list[str]
   token_ids: dict[str, Any]
+  template: str | None = None
 
   @property
   def sources(self) -> list[TensorFiles | GgufFile]:
@@ -92,8 +93,8 @@ def recognise(source: pathlib.Path, vision: pathlib.Path | None,
         'tower with --llm and --vision')
   check('text' not in values or 'vision' not in values, f'{source} is a model '
         'directory already; vlm-compress export writes it in another format')
-  check('decoder' in parts, f'{source}: no decoder; a key that ends in '
-        'embed_tokens.weight is missing')
+  check('decoder' in parts, f'{source}: no decoder; keys such as '
+        'model.layers.0.self_attn.q_proj.weight are missing')
   whole = _has_projector(parts)
   check(whole or vision is not None, f'{source} is a language model without '
         'vision tower and projector; give a CLIP directory with --vision')
@@ -111,10 +112,19 @@ def recognise(source: pathlib.Path, vision: pathlib.Path | None,
                          text=hf_config.text_config(values, where))
     if projector is not None:
       config = _with_projector(projector, config, parts, allow_pickle, notes)
+  side, template = adapters.find(source), None
+  if side is not None:
+    config, template = adapters.restore(config, side)
+    parts['adapters'] = side, ''
+    notes.append(f'its compression method comes from {side.where}')
   mode = _aspect(source, vision, values, whole, config, notes)
   said = {**(values.get('text_config') or {}), **values}
-  ids = {name: said[name] for name in SPECIAL_IDS if said.get(name) is not None}
-  return Found(config, parts, mode, notes, ids)
+  ids = {name: said[name] for name in hf_config.SPECIAL_IDS
+         if said.get(name) is not None}
+  for name, value in ids.items():
+    check(all(type(i) is int for i in (value if isinstance(value, list) else [value])),
+          f'{where}: {name}={value!r} is no id of a token')
+  return Found(config, parts, mode, notes, ids, template)
 
 
 def _aspect(source: pathlib.Path, vision: pathlib.Path | None,
@@ -132,9 +142,9 @@ def _aspect(source: pathlib.Path, vision: pathlib.Path | None,
   if not whole or found[0] is None:
     return 'pad'
   if found[0] == 'crop':
-    notes.append(f"{source / preprocessor.PREPROCESSOR} crops pictures to their "
-                 'centre; LLaVA-1.5 itself was tuned and evaluated on padded '
-                 'ones: --image-aspect-ratio=pad')
+    notes.append(f'{source} crops pictures to their centre; LLaVA-1.5 itself '
+                 'was tuned and evaluated on padded ones: '
+                 '--image-aspect-ratio=pad')
   return found[0]
 
 
@@ -151,8 +161,11 @@ def _open(source: pathlib.Path, allow_pickle: bool
 
 def _parts(tensors: TensorFiles | GgufFile
            ) -> dict[str, tuple[TensorFiles | GgufFile, str]]:
-  prefixes = {name: rules.find_prefix(name, tensors.keys)
-              for name in rules.PARTS}
+  try:
+    prefixes = {name: rules.find_prefix(name, tensors.keys)
+                for name in rules.PARTS}
+  except ConfigError as e:
+    raise ConfigError(f'{tensors.where}: {e}') from e
   return {name: (tensors, prefix) for name, prefix in prefixes.items()
           if prefix is not None}
 
@@ -171,7 +184,7 @@ def _tower(vision: pathlib.Path, values: dict,
     parts['tower'] = found['tower']
   else:  # trained along, so it is this one; only the sizes are not inside
     check(hf_config.is_original(values), f'{source} has a vision tower of its '
-          f'own ({parts["tower"][1]}...); leave out --vision')
+          f'own ({parts["tower"][1]}*); leave out --vision')
   return hf_config.vision_config(hf_config.read_json(vision),
                                  str(vision / hf_config.CONFIG))
 
@@ -216,30 +229,34 @@ def _with_projector(path: pathlib.Path, config: LlavaConfig,
       vision_feature_select_strategy=whole.vision_feature_select_strategy)
 
 
-def token_id(directory: pathlib.Path, token: str) -> int | None:
-  """The id of an added token, from whichever tokenizer file has it.
+def added_tokens(directory: pathlib.Path) -> dict[str, int]:
+  """Ids of the added tokens, from all tokenizer files that have some.
 
   Raises:
     ConfigError: such a file cannot be read.
   """
   def entries(name, values):
-    if name == 'added_tokens.json':
+    if name == ADDED:
       return values.items()
     if name == TOKENIZER:
-      return ((t['content'], t['id']) for t in values.get('added_tokens', ()))
+      return ((t['content'], t['id']) for t in values.get('added_tokens') or ())
     return ((t['content'], i) for i, t in
-            values.get('added_tokens_decoder', {}).items())
-  for name in ('added_tokens.json', TOKENIZER, 'tokenizer_config.json'):
+            (values.get('added_tokens_decoder') or {}).items())
+  out: dict[str, int] = {}
+  for name in (ROLES, TOKENIZER, ADDED):  # the last word is the last one's
     path = directory / name
     if not path.is_file():
       continue
     try:
-      found = dict(entries(name, json.loads(path.read_text(encoding='utf-8'))))
+      found = {str(token): int(i) for token, i in entries(
+          name, json.loads(path.read_text(encoding='utf-8')))}
+      if min(found.values(), default=0) < 0:
+        raise ValueError(f'negative ids: {found}')
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-      raise ConfigError(f'{path} is no readable tokenizer file ({e!r})') from e
-    if token in found:
-      return int(found[token])
-  return None
+      raise ConfigError(f'{path} is no readable tokenizer file ({e!r}); '
+                        'download it again') from e
+    out |= found
+  return out
 
 
 def with_voco(config: LlavaConfig, source: pathlib.Path, count: int | None
@@ -256,17 +273,27 @@ def with_voco(config: LlavaConfig, source: pathlib.Path, count: int | None
 
   Raises:
     ConfigError: a count is given and there is no such row, or the table is too
-      short for it.
+      short for it, or has words behind it.
   """
-  index, rows = token_id(source, VOCO_TOKEN), config.text.vocab_size
+  added, rows = added_tokens(source), config.text.vocab_size
+  index = added.get(VOCO_TOKEN)
+  check(config.voco is None or count is None and index is None, f'{source}: '
+        f'{adapters.ADAPTERS} says how many VoCo tokens an image has; leave out '
+        f'--num-voco-tokens, and {VOCO_TOKEN} in the tokenizer files')
   check(index is not None or count is None, f'{source}: --num-voco-tokens, but '
         f'no tokenizer file there names {VOCO_TOKEN}; VoCo-LLaMA has an '
-        f'added_tokens.json with {{"{VOCO_TOKEN}": 32000}}')
+        f'{ADDED} with {{"{VOCO_TOKEN}": 32000}}')
   if index is None:  # a placeholder that is no word's id, nor an image's
     return dataclasses.replace(config, voco_token_index=max(
         rows, config.image_token_index + 1)), []
   check(index < rows, f'{source}: {VOCO_TOKEN} has id {index}, but the '
         f'vocabulary has {rows} rows')
+  check(index != config.image_token_index, f'{source}: {VOCO_TOKEN} has id '
+        f'{index}, and so have images (image_token_index in '
+        f'{hf_config.CONFIG}); correct one of them')
+  after = [token for token, i in added.items() if i > index]
+  check(not after, f'{source}: the added tokens {after[:3]} stand behind '
+        f'{VOCO_TOKEN} (id {index}), which must be the last one')
   count = 2 if count is None else count
   config = dataclasses.replace(
       config, voco_token_index=index,
@@ -276,5 +303,6 @@ def with_voco(config: LlavaConfig, source: pathlib.Path, count: int | None
   return config, [f'{VOCO_TOKEN} (id {index}) became voco_embedding, with '
                   f'{count} tokens per image; its row of lm_head is left out: '
                   'it is never an answer' + (
-                      f'; {behind} rows of padding behind it are, too'
+                      f'; the {behind} rows behind it, which no tokenizer file '
+                      'names, are taken for padding and left out, too'
                       if behind else '')]

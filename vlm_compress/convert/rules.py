@@ -4,18 +4,19 @@ A rule is (their name, our path, how the array moves).  `*` is the number of a
 layer: they have one array per layer, we have one for all, with the layer as
 leading axis.  A part of a model (decoder, head, vision tower, projector) has
 the same names behind the prefix in every layout; the layouts differ in the
-prefixes, and a part is recognised by its anchor, a key that it always has.
+prefixes, and a part is recognised by any of its names.
 
   layout                    decoder                tower
   Hugging Face LLaVA        language_model.model.  vision_tower.[vision_model.]
   the same, as in memory    model.language_model.  model.vision_tower.[...]
   original LLaVA, VoCo      model.                 model.vision_tower.vision_tower.
-  parts of one's own        model.                 [vision_model.]
+  parts of one's own        [model.]               [vision_model.]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -97,29 +98,29 @@ class Part:
 
   Attributes:
     root: first component of our paths.
-    anchor: a key that the part always has, behind the prefix.
+    rules: all that it can have.
     prefixes: theirs; the first one is written by the export.
   """
   root: str
-  anchor: str
+  rules: list[Rule]
   prefixes: tuple[str, ...]
 
 
 PARTS = {
-    'decoder': Part('language_model', 'embed_tokens.weight',
+    'decoder': Part('language_model', decoder_rules(True),
                     ('language_model.model.', 'model.language_model.',
-                     'model.')),
-    'head': Part('language_model', 'weight',
+                     'model.', '')),
+    'head': Part('language_model', head_rules(),
                  ('language_model.lm_head.', 'lm_head.')),
-    'tower': Part('vision_tower', 'embeddings.class_embedding',
+    'tower': Part('vision_tower', tower_rules(),
                   ('vision_tower.vision_model.', 'vision_tower.',
                    'model.vision_tower.vision_model.', 'model.vision_tower.',
                    'model.vision_tower.vision_tower.vision_model.',
                    'model.vision_tower.vision_tower.', 'vision_model.', '')),
-    'projector': Part('multi_modal_projector', 'linear_1.weight',
+    'projector': Part('multi_modal_projector', projector_rules(),
                       ('multi_modal_projector.',
                        'model.multi_modal_projector.')),
-    'original projector': Part('multi_modal_projector', '0.weight',
+    'original projector': Part('multi_modal_projector', projector_rules(original=True),
                                ('model.mm_projector.', 'mm_projector.')),
 }
 # Buffers that the config determines.
@@ -154,12 +155,13 @@ def find_prefix(part: str, keys: Iterable[str]) -> str | None:
   Raises:
     ConfigError: the part is there twice.
   """
-  keys, where = set(keys), PARTS[part]
-  found = [p for p in where.prefixes if p + where.anchor in keys]
+  keys = {re.sub(r'(?<![^.])layers\.\d+\.', 'layers.*.', key): key for key in keys}
+  found = {prefix: keys[prefix + theirs] for prefix in PARTS[part].prefixes
+           for theirs, _, _ in PARTS[part].rules if prefix + theirs in keys}
   if len(found) > 1:
     raise ConfigError(f'the checkpoint has two of {part}: '
-                      f'{[p + where.anchor for p in found]}; keep one')
-  return found[0] if found else None
+                      f'{sorted(found.values())}; keep one')
+  return next(iter(found), None)
 
 
 def expand(rules: Iterable[Rule], prefix: str, root: str, num_layers: int

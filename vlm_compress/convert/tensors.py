@@ -25,6 +25,9 @@ DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16',
           'F64': 'float64', 'I64': 'int64', 'I32': 'int32'}
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16')
 _CODES = {name: code for code, name in DTYPES.items()}
+# Of other parts of a model than its own, which lie in the same directory.
+ADAPTERS = 'vlm_compress_adapters.safetensors'
+_BLOCK = 2 ** 24  # bytes that are cast and written at once
 
 
 class TensorFiles:
@@ -72,6 +75,14 @@ class TensorFiles:
     with self._open(key) as file:
       return file.get_slice(key)[index]
 
+  def metadata(self) -> dict[str, str]:
+    """What the headers of the files say besides."""
+    out = {}
+    for path in sorted({path for path, _, _ in self._headers.values()}):
+      with safetensors.safe_open(path, framework='numpy') as file:
+        out |= file.metadata() or {}
+    return out
+
   def _open(self, key: str) -> Any:
     # Opened for every tensor: what a mapping has read counts as this
     # process's memory for as long as it is open.
@@ -99,6 +110,8 @@ def files_of(where: pathlib.Path, index_name: str, pattern: str
     return dict.fromkeys(sorted(where.glob(pattern)))
   try:
     weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+    if not all(isinstance(name, str) for name in weight_map.values()):
+      raise TypeError('weight_map must give names of files')
     names = {name: {k for k, v in weight_map.items() if v == name}
              for name in sorted(set(weight_map.values()))}
   except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -183,6 +196,8 @@ def _safetensors(where: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
         "weights_only=True).items()}, f.rsplit('.', 1)[0] + '.safetensors') "
         f'for f in {names}]"')
   found = files_of(where, INDEX, '*.safetensors')
+  if where.is_dir():
+    found.pop(where / ADAPTERS, None)
   check(bool(found), f'{where} has no *.safetensors')
   return found
 
@@ -228,15 +243,38 @@ class TensorWriter:
     Raises:
       ValueError: another shape than announced.
     """
-    shape, dtype = self._specs[key]
+    shape = self._specs[key][0]
     want = shape if index is None else shape[1:]
     if value.shape != want:
       raise ValueError(f'{key}: {value.shape} written where {want} belongs')
-    value = np.ascontiguousarray(value.astype(jnp.dtype(dtype), copy=False))
-    at = self._offset + self._start[key] + (index or 0) * value.nbytes
-    self._file.seek(at)
-    self._file.write(value.reshape(-1).view(np.uint8).data)
+    self._write(key, value, (index or 0) * math.prod(want))
     self._left[key] -= _pieces(shape) if index is None else 1
+
+  def write_rows(self, key: str, value: np.ndarray) -> None:
+    """Writes a tensor's first rows; the others stay zeros.
+
+    Raises:
+      ValueError: rows of another shape than announced, or too many.
+    """
+    shape = self._specs[key][0]
+    if value.shape[1:] != shape[1:] or len(value) > shape[0]:
+      raise ValueError(f'{key}: {value.shape} written where {shape} belongs')
+    self._write(key, value, 0)
+    self._left[key] -= _pieces(shape)
+
+  def _write(self, key: str, value: np.ndarray, start: int) -> None:
+    """Writes numbers from number `start` of a tensor on.
+
+    A few rows at a time: a cast and a transpose of the whole would be two more
+    copies of it, perhaps of twice its size.
+    """
+    dtype = jnp.dtype(self._specs[key][1])
+    self._file.seek(self._offset + self._start[key] + start * dtype.itemsize)
+    rows = value.reshape(1) if value.ndim == 0 else value
+    step = max(1, _BLOCK // max(1, math.prod(rows.shape[1:]) * dtype.itemsize))
+    for first in range(0, len(rows), step):
+      block = np.ascontiguousarray(rows[first:first + step], dtype)
+      self._file.write(block.reshape(-1).view(np.uint8).data)
 
   def close(self) -> None:
     """Ends the file.

@@ -1,7 +1,8 @@
 """A model directory as Hugging Face's LLaVA-1.5, one tensor at a time.
 
 What that format has no place for (ATP's heads, VoCo's row) goes to a file of
-its own beside it, and is named; a model with a resampler is refused.
+its own beside it, and is named; a model with a resampler is refused.  All that
+transformers' processor needs is written, whatever the model was made from.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_compress.config import LlavaConfig, check
-from vlm_compress.convert import hf_config, rules
-from vlm_compress.convert.files import TOKENIZER, WEIGHTS, load_config, new_directory
+from vlm_compress.convert import adapters, hf_config, rules
+from vlm_compress.convert.files import WEIGHTS, load_config, new_directory
 from vlm_compress.convert.from_hf import parameter_shapes
-from vlm_compress.convert.preprocessor import PREPROCESSOR, values_for
-from vlm_compress.convert.processor import Processor, load_processor
-from vlm_compress.convert.tensors import FLOATS, TensorFiles, TensorWriter
+from vlm_compress.convert.hf_tokenizer import Tokens, plan_tokens, read_object
+from vlm_compress.convert.preprocessor import (
+  PREPROCESSOR,
+  PROCESSORS,
+  processor_values,
+  values_for,
+)
+from vlm_compress.convert.processor import PROCESSOR, Processor, load_processor
+from vlm_compress.convert.tensors import ADAPTERS, FLOATS, TensorFiles, TensorWriter
 
-IMAGE_TOKEN = '<image>'
-ADAPTERS = 'vlm_compress_adapters.safetensors'
 _TABLES = ('embed_tokens.weight', 'weight')  # of decoder and head: words first
 
 
@@ -38,17 +43,23 @@ class Plan:
     config: of the model as that format has it.
     pieces: their key -> (our path, layer or None, move).
     specs: their key -> (shape, dtype).
-    extra_rows: added to the vocabulary, zeros, for the image placeholder.
+    invented: their keys of tensors that the model lost and nothing reads.
     adapters: our paths that go to ADAPTERS.
-    processor: how its pictures are prepared; None if nothing says.
+    header: of that file.
+    tokens: the image placeholder, and the tokenizer files.
+    files: name -> values of the JSON files beside the weights.
+    notes: what a reader of the result should know.
   """
   source: TensorFiles
   config: LlavaConfig
   pieces: dict[str, tuple[str, int | None, str]]
   specs: dict[str, tuple[tuple[int, ...], str]]
-  extra_rows: int
+  invented: list[str]
   adapters: list[str]
-  processor: Processor | None
+  header: dict[str, str]
+  tokens: Tokens
+  files: dict[str, dict[str, Any]]
+  notes: list[str]
 
   @property
   def nbytes(self) -> int:
@@ -70,24 +81,12 @@ def make_plan(directory: pathlib.Path) -> Plan:
   check(ours.resampler == 'none', f'{directory} has resampler='
         f'{ours.resampler!r}, which stands between the projector and the '
         'decoder: the format has no such model')
-  check(not ours.text.attention_bias or not ours.text.head_dim,
-        f'{directory}: a decoder with attention_bias and head_dim has no name '
-        'in the format')
-  source = TensorFiles(directory / WEIGHTS)
-  shapes = parameter_shapes(ours)
-  for path, shape in shapes.items():
-    check(path in source.keys, f'{directory / WEIGHTS} has no {path}; a model '
-          'trained on frozen features has no vision tower: convert one and '
-          'train from there')
-    check(source.dtype(path) in FLOATS, f'{directory / WEIGHTS}: {path} is '
-          f'stored as {source.dtype(path)}, which no weights are')
-    check(source.shape(path) == shape, f'{directory / WEIGHTS}: {path} has '
-          f'shape {source.shape(path)}, its config.json says {shape}')
-  rows, index = ours.text.vocab_size, ours.image_token_index
-  extra = 0 if 0 <= index < rows else 1
+  source, shapes = _weights(directory, ours)
+  tokens = plan_tokens(directory, ours)
   config = dataclasses.replace(
-      ours, voco=None, atp=None, image_token_index=rows if extra else index,
-      text=dataclasses.replace(ours.text, vocab_size=rows + extra))
+      ours, voco=None, atp=None, image_token_index=tokens.image_token_index,
+      text=dataclasses.replace(
+          ours.text, vocab_size=ours.text.vocab_size + tokens.extra_rows))
   table = {'decoder': rules.decoder_rules(config.text.attention_bias),
            'tower': rules.tower_rules(), 'projector': rules.projector_rules()}
   if not config.text.tie_word_embeddings:
@@ -101,18 +100,72 @@ def make_plan(directory: pathlib.Path) -> Plan:
       shape = shapes[path][0 if layer is None else 1:]
       shape = rules.TO_THEIRS[move](np.empty(shape, np.bool_)).shape
       if key.removeprefix(where.prefixes[0]) in _TABLES:
-        shape = (shape[0] + extra, *shape[1:])
+        shape = (shape[0] + tokens.extra_rows, *shape[1:])
       specs[key] = (shape, ours.param_dtype)
     pieces |= found
+  invented = []
   where = rules.PARTS['tower']
   for key, target in rules.expand(rules.CARRIED, where.prefixes[0], where.root,
                                   0).items():
     specs[key] = ((config.vision.hidden_size,), ours.param_dtype)
     if target[0] in source.keys:
       pieces[key] = target
-  adapters = sorted(set(source.keys) - {path for path, _, _ in pieces.values()})
-  return Plan(source, config, pieces, specs, extra, adapters,
-              load_processor(directory))
+    else:
+      invented.append(key)
+  side = sorted(set(source.keys) - {path for path, _, _ in pieces.values()})
+  processor = load_processor(directory)
+  files, notes = _processors(directory, config, tokens, processor)
+  return Plan(source, config, pieces, specs, invented, side,
+              adapters.describe(ours, processor), tokens, files, notes)
+
+
+def _weights(directory: pathlib.Path, config: LlavaConfig
+             ) -> tuple[TensorFiles, dict[str, tuple[int, ...]]]:
+  """The model's tensors, all there and no others, and shapes of its parameters.
+
+  Raises:
+    ConfigError: they are not those of the config.
+  """
+  where = directory / WEIGHTS
+  source, shapes = TensorFiles(where), parameter_shapes(config)
+  for path, shape in shapes.items():
+    check(path in source.keys, f'{where} has no {path}' + (
+        '; a model trained on frozen features has no vision tower: convert one '
+        'and train from there' if path.startswith('vision_tower/') and not any(
+            key.startswith('vision_tower/') for key in source.keys)
+        else '; write the model directory again'))
+    check(source.shape(path) == shape, f'{where}: {path} has shape '
+          f'{source.shape(path)}, its config.json says {shape}; write the model '
+          'directory again')
+  carried = [path for path, _, _ in rules.expand(
+      rules.CARRIED, '', rules.PARTS['tower'].root, 0).values()]
+  there = [path for path in carried if path in source.keys]
+  check(len(there) in (0, len(carried)), f'{where} has {there[:1]} of {carried}; '
+        'write the model directory again')
+  spare = sorted(set(source.keys) - set(shapes) - set(carried))
+  check(not spare, f'{where}: {len(spare)} tensor(s) that the model in its '
+        f'config.json does not have, the first is {spare[:1]}; remove them')
+  for path in source.keys:
+    check(source.dtype(path) in FLOATS, f'{where}: {path} is stored as '
+          f'{source.dtype(path)}, which no weights are')
+  return source, shapes
+
+
+def _processors(directory: pathlib.Path, config: LlavaConfig, tokens: Tokens,
+                processor: Processor | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+  """What transformers' processor reads, and notes.
+
+  What a source said comes along where it is not about pictures.
+  """
+  notes = [] if processor is not None else [
+      f'{directory} has no {PROCESSOR}; pictures are padded to a square, as '
+      'vlm-compress generate does']
+  mode = 'pad' if processor is None else processor.image_aspect_ratio
+  path = directory / PROCESSORS
+  said = read_object(path) if path.is_file() else {}
+  return {PREPROCESSOR: values_for(mode, config.vision.image_size),
+          PROCESSORS: {**said, **processor_values(
+              config, mode, tokens.image_token)}}, notes
 
 
 def export(plan: Plan, directory: pathlib.Path, *,
@@ -135,48 +188,25 @@ def export(plan: Plan, directory: pathlib.Path, *,
       value = (plan.source.read(path) if layer is None
                else plan.source.part(path, layer))
       value = rules.TO_THEIRS[move](value)
-      missing = plan.specs[key][0][0] - value.shape[0]
-      if missing:
-        value = np.pad(value, ((0, missing), (0, 0)))
-      writer.write(key, value)
+      writer.write_rows(key, value)
       advance(value.nbytes)
-    for key, (shape, _) in plan.specs.items():
-      if key not in plan.pieces:  # the tower's last norm is lost in training
-        fill = np.ones if key.endswith('weight') else np.zeros
-        writer.write(key, fill(shape, np.float32))
+    for key in plan.invented:  # the tower's last norm is lost in training
+      fill = np.ones if key.endswith('weight') else np.zeros
+      writer.write(key, fill(plan.specs[key][0], np.float32))
     writer.close()
     if plan.adapters:
       side = TensorWriter(work / ADAPTERS, {
           path: (plan.source.shape(path), plan.config.param_dtype)
-          for path in plan.adapters})
+          for path in plan.adapters}, plan.header)
       for path in plan.adapters:
         side.write(path, plan.source.read(path))
       side.close()
-    (work / hf_config.CONFIG).write_text(
-        json.dumps(hf_config.to_hf(plan.config), indent=1))
-    _add_image_token(work / TOKENIZER, plan.config.image_token_index)
-    if plan.processor is not None:
-      (work / PREPROCESSOR).write_text(json.dumps(values_for(
-          plan.processor.image_aspect_ratio, plan.config.vision.image_size),
-          indent=1))
-
-
-def _add_image_token(path: pathlib.Path, index: int) -> None:
-  """Gives `<image>` its id in a tokenizer.json, for transformers' processor.
-
-  Left as it is where the id is not the next free one: the library numbers new
-  tokens by itself.
-  """
-  if not path.is_file():
-    return
-  spec = json.loads(path.read_text(encoding='utf-8'))
-  added = spec.get('added_tokens') or []
-  words = (spec.get('model') or {}).get('vocab') or {}
-  ids = {t['id'] for t in added} | set(words.values() if isinstance(words, dict)
-                                       else range(len(words)))
-  if any(t['content'] == IMAGE_TOKEN for t in added) or len(ids) != index:
-    return
-  spec['added_tokens'] = [*added, {
-      'id': index, 'content': IMAGE_TOKEN, 'single_word': False,
-      'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}]
-  path.write_text(json.dumps(spec, ensure_ascii=False), encoding='utf-8')
+    values = {**plan.files, hf_config.CONFIG: hf_config.to_hf(
+        plan.config, plan.tokens.token_ids)}
+    for name, value in values.items():
+      (work / name).write_text(json.dumps(value, indent=1))
+    for name, text in plan.tokens.files.items():
+      if text is None:
+        (work / name).unlink()
+      else:
+        (work / name).write_text(text, encoding='utf-8')

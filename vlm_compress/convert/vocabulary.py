@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlm_compress.config import ConfigError, check
+from vlm_compress.convert.roles import ROLES
 
 if TYPE_CHECKING:
   import tokenizers
 
-TOKENIZER, ROLES = 'tokenizer.json', 'tokenizer_config.json'
+TOKENIZER = 'tokenizer.json'
 SENTENCEPIECE, ADDED = 'tokenizer.model', 'added_tokens.json'
 # Kinds of pieces, the same numbers in sentencepiece's files and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -321,7 +322,7 @@ def _add(inner: tokenizers.Tokenizer, path: pathlib.Path) -> None:
 
 
 def _size_of_json(path: pathlib.Path) -> int:
-  """One more than the largest id of a tokenizer.json, placeholders aside."""
+  """One more than the largest id of a tokenizer.json."""
   try:
     spec = json.loads(path.read_text(encoding='utf-8'))
     vocab = spec.get('model', {}).get('vocab', {})

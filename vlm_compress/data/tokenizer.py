@@ -14,39 +14,21 @@ same id in a question and in an answer.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from vlm_compress.atomic import write_text
+from vlm_compress.config import ConfigError
+from vlm_compress.convert.roles import ROLES, Roles, read_roles
 from vlm_compress.data.errors import DataError
 
 WORD_LEVEL_SPECIALS = ('<pad>', '<s>', '</s>', '<unk>')
 _WORD = r'\n|\w+|[^\w\s]'
-ROLES = 'tokenizer_config.json'
-# Classes of transformers that put BOS in front unless the file says otherwise;
-# the others do what the post-processor in tokenizer.json does.
-_BOS_FIRST = ('LlamaTokenizer', 'LlamaTokenizerFast')
-
-
-@dataclasses.dataclass(frozen=True)
-class Roles:
-  """Names of the special tokens.
-
-  Attributes:
-    bos: put in front of every row; None for a model that has none there.
-    eos: closes an answer.
-    pad: None for `<pad>`, or whatever there is instead.
-  """
-  bos: str | None = '<s>'
-  eos: str = '</s>'
-  pad: str | None = None
 
 
 class Tokenizer:
@@ -123,8 +105,14 @@ class Tokenizer:
       Its ids, [] for ''.
 
     Raises:
-      DataError: a word is not in the vocabulary (when strict).
+      DataError: a word is not in the vocabulary (when strict), or the text
+        holds bytes that are none.
     """
+    try:
+      text.encode('utf-8')
+    except UnicodeEncodeError as e:
+      raise DataError(f'{text!r} holds bytes that are no UTF-8, at character '
+                      f'{e.start + 1}; write it in UTF-8') from e
     inner = self._first if first else self._next
     encoding = inner.encode(text, add_special_tokens=False)
     if self._strict and self.unk_id is not None:
@@ -186,47 +174,18 @@ def load(path: str | os.PathLike[str], *, strict: bool = True) -> Tokenizer:
     inner = tokenizers.Tokenizer.from_file(path)
   except Exception as e:  # the library raises plain Exception
     reason = str(e).splitlines()[0]
-    raise DataError(f'{path} is no tokenizer.json: {reason}') from e
+    raise DataError(f'{path} is no tokenizer.json: {reason}; download it again, '
+                    'or write the model directory again') from e
   try:
-    return Tokenizer(inner, strict=strict, roles=_read_roles(path, inner))
+    roles = read_roles(
+        pathlib.Path(path).with_name(ROLES), lambda bos: bos in inner.encode(
+            '', add_special_tokens=True).tokens)
+  except ConfigError as e:
+    raise DataError(str(e)) from e
+  try:
+    return Tokenizer(inner, strict=strict, roles=roles)
   except DataError as e:
     raise DataError(f'{path}: {e}') from e
-
-
-def _read_roles(path: str, inner: tokenizers.Tokenizer) -> Roles:
-  """Roles from the file beside a tokenizer.json; the usual ones without it.
-
-  Raises:
-    DataError: it is not readable.
-  """
-  beside, usual = pathlib.Path(path).with_name(ROLES), Roles()
-  if not beside.is_file():
-    return usual
-  try:
-    values = json.loads(beside.read_text(encoding='utf-8'))
-    bos, eos, pad = (
-        _token(values, f'{name}_token', getattr(usual, name))
-        for name in ('bos', 'eos', 'pad'))
-    adds = values.get('add_bos_token')
-    kind = values.get('tokenizer_class')
-    if adds is None and kind is not None and kind not in _BOS_FIRST:
-      adds = bos in inner.encode('', add_special_tokens=True).tokens
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise DataError(f'{beside} is no readable tokenizer configuration ({e!r})'
-                    ) from e
-  if eos is None:
-    raise DataError(f'{beside}: eos_token is null, but answers need an end')
-  return Roles(bos if adds is None or adds else None, eos, pad)
-
-
-def _token(values: dict[str, Any], name: str, usual: str | None) -> str | None:
-  """A token's name, which stands as such or in an object; '' is unsaid."""
-  value = values.get(name, usual)
-  if isinstance(value, dict):
-    value = value['content']
-  if not isinstance(value, str | None):
-    raise TypeError(f'{name}={value!r}')
-  return usual if value == '' else value
 
 
 def word_level(texts: Iterable[str]) -> Tokenizer:
