@@ -192,6 +192,21 @@ def test_a_picture_may_be_given_in_any_form(vlms, pictures, tmp_path):
   assert np.abs(cropped.features(path) - want).max() > 1e-2
 
 
+def test_a_loaded_model_is_in_memory_once(vlms, pictures, tmp_path):
+  """On a CPU, layers for serving and the stack share the file's numbers."""
+  api.save(vlms['full'], tmp_path)
+  vlm = api.load(tmp_path)
+  api.generate(vlm, QUESTION, pictures[:1], max_new_tokens=2)
+  flat = helpers.flat(vlm.params)
+  shared = [x.unsafe_buffer_pointer() == flat[f'language_model/layers/{name}'][
+      i].ctypes.data for i, layer in enumerate(vlm.segmented.layers)
+            for name, x in helpers.flat(layer).items()
+            if x.nbytes % 64 == 0]
+  shared += [x.unsafe_buffer_pointer() == flat[name].ctypes.data
+             for name, x in helpers.flat(vlm.on_device).items()]
+  assert all(shared) and len(shared) > 40
+
+
 def test_without_pictures_every_method_is_the_language_model(vlms):
   for vlm in vlms.values():
     full = api.logits(vlm, 'what is a cat', method='full')

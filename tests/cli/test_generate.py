@@ -186,6 +186,10 @@ def test_bytes_that_are_no_text_are_one_line(run, monkeypatch):
   monkeypatch.setattr('sys.stdin', io.StringIO('caf\udce9\na cat\n'))
   code, out, err = run('--interactive')
   assert code == 2 and err.count('\n') == out.count('\n') == 1
+  monkeypatch.setattr('sys.stdin', io.TextIOWrapper(
+      io.BytesIO(b'caf\xe9\na cat\n'), encoding='utf-8', errors='strict'))
+  code, out, err = run('--interactive')
+  assert code == 2 and err.count('\n') == out.count('\n') == 1
 
 
 def test_a_compressed_image_has_seen_what_the_prompt_says(vlm, pictures):

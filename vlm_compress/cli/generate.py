@@ -141,6 +141,8 @@ def interact(vlm: api.Vlm, pictures: Callable[[str], list], method: str,
              args: argparse.Namespace) -> int:
   """Answers questions from stdin; 2 if one of them could not be answered."""
   code, shown = 0, sys.stdin.isatty()
+  if hasattr(sys.stdin, 'reconfigure'):  # bad bytes are a question's mistake
+    sys.stdin.reconfigure(errors='surrogateescape')
   while True:
     if shown:
       print('> ', end='', file=sys.stderr, flush=True)
