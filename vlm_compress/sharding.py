@@ -76,7 +76,8 @@ def partition_spec(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
   """Constrains an activation's sharding under the mesh of `jax.set_mesh`.
 
-  Without a mesh it only checks the names.
+  Without a mesh it only checks the names.  Axes that a dimension's size does
+  not divide are left alone.
   """
   check(len(logical_axes) == x.ndim,
         f'{len(logical_axes)} logical axes {logical_axes} for an array of '
@@ -85,7 +86,9 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, spec)
+  fitting = [axes if _divides(size, axes, mesh) else None
+             for size, axes in zip(x.shape, spec)]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
 def tree_shardings(abstract_params: Any, mesh: Mesh) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import core_helpers as helpers
 import numpy as np
 import pytest
@@ -53,7 +55,8 @@ def decode(model, state, answers):
 def test_a_regrouped_queue_is_its_prompts_one_by_one(name):
   config = CONFIGS[name]
   model = SegmentedModel(config, helpers.build(config)[1])
-  options, count = PruneOptions(), SlotCount()
+  options = PruneOptions(row_ids=np.arange(NUM, dtype=np.int32)[::-1])
+  count = SlotCount()
   got, kept, sizes = {}, {}, set()
   for ids, state in prefill_regrouped(model, queue(config, 3), options, ROOM,
                                       count):
@@ -67,18 +70,49 @@ def test_a_regrouped_queue_is_its_prompts_one_by_one(name):
   assert sorted(got) == list(range(NUM))
   for i, sample in enumerate(prompts(config)):
     state = model.prefill(batch_of([sample], config), options.replace(
-        row_ids=np.int32([i])), ROOM)
+        row_ids=options.row_ids[i:i + 1]), ROOM)
     np.testing.assert_array_equal(kept[i], entering(config, state.pruning)[:, 0, 0])
     helpers.close(got[i], decode(model, state, ANSWERS[i:i + 1])[0])
   if name == 'first':
     return
   assert len({tuple(k) for k in kept.values()}) >= 6 and len(sizes) > 1
-  in_order = [count_slots(model, model.prefill(batch, options, ROOM), len(ids))
+  in_order = [count_slots(model, model.prefill(
+      batch, options.replace(row_ids=None), ROOM), len(ids))
               for ids, batch in queue(config, 3)]
   plain = SlotCount(sum(c.slots for c in in_order),
                     sum(c.tokens for c in in_order))
   assert count.tokens == plain.tokens
   assert 1.0 < count.waste < plain.waste
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_what_is_left_comes_from_batches_of_any_size(seed):
+  """Few rows, a rung for every count: the last batches mix short and long."""
+  config = helpers.atp_config(capacities=tuple(range(1, 16)))
+  model = _model(config)
+  rng = np.random.default_rng(seed)
+  ids = [(BOS, IMAGE, *rng.integers(6, 90, rng.integers(1, 7)).tolist())
+         for _ in range(8)]
+  samples = [Sample(x, seed=100 * seed + i) for i, x in enumerate(ids)]
+  batches = [([i, i + 1], helpers.batch(samples[i:i + 2], config, length=40,
+                                        num_images=1)) for i in range(0, 8, 2)]
+  count, done = SlotCount(), {}
+  for names, state in prefill_regrouped(model, batches, PruneOptions(), 0, count):
+    done.update(zip(names, np.asarray(state.logits)))
+  assert sorted(done) == list(range(8))
+  plain = SlotCount()
+  for names, batch in batches:
+    state = model.prefill(batch, PruneOptions())
+    helpers.close([done[i] for i in names], state.logits)
+    one = count_slots(model, state)
+    plain.add(1, one.slots, 1, one.tokens)
+  # padded rows: what is padding is no text that every rung must hold
+  assert count.tokens == plain.tokens and count.slots <= 1.05 * plain.slots
+
+
+@functools.cache
+def _model(config):
+  return SegmentedModel(config, helpers.build(config)[1])
 
 
 def test_slots_are_counted():

@@ -272,11 +272,14 @@ def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
   on_canvas = lambda x: jnp.take_along_axis(
       x, inputs.visual_index.reshape(x.shape[0], -1), axis=1
   ).reshape(keep.shape)
-  raw = received_attention(
-      q, k, lse, mask, bias, inputs.image_ids,
-      token_keep(keep, inputs) * is_visual, inputs.prompt_weight)
-  self_score, cross_score = (
-      normalise(on_canvas(x), keep, config.score_norm) for x in raw)
+  if config.selector in ('random', 'uniform'):  # which look at nothing
+    self_score = cross_score = jnp.zeros_like(keep)
+  else:
+    raw = received_attention(
+        q, k, lse, mask, bias, inputs.image_ids,
+        token_keep(keep, inputs) * is_visual, inputs.prompt_weight)
+    self_score, cross_score = (
+        normalise(on_canvas(x), keep, config.score_norm) for x in raw)
   redundancy = {'both': (self_score + cross_score) / 2, 'self': self_score,
                 'cross': cross_score}[config.scores]
   alive = keep > 0.5 if inputs.hard else keep > 0.0

@@ -37,11 +37,6 @@ class Prefilled:
   used: int = 0
   pruning: Pruning | None = None
 
-  @property
-  def kv_bytes(self) -> int:
-    """Bytes of all keys and values, unused slots included."""
-    return sum(x.nbytes for c in self.caches for x in (*c.keys, *c.values))
-
 
 def entering(config: LlavaConfig, pruning: Pruning) -> np.ndarray:
   """Visual tokens that entered each layer, float32[M, B, I]."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_compress.config import check
-from vlm_compress.decode.prefilled import Prefilled
+from vlm_compress.decode.prefilled import Prefilled, text_slots
 from vlm_compress.decode.segmented import SegmentedModel
 from vlm_compress.models import segments as seg
 from vlm_compress.models.inputs import PruneOptions
@@ -84,7 +84,7 @@ def prefill_regrouped(model: SegmentedModel,
     model: with ATP modules.
     queue: batches of one shape, each with the numbers of its first rows; the
       rows behind those are fillers.
-    options: how the modules run; row_ids are the prompts' numbers.
+    options: how the modules run; row_ids, if given, are by prompt number.
     room: tokens that can be added later.
     count: is added to.
 
@@ -102,8 +102,9 @@ def prefill_regrouped(model: SegmentedModel,
           f'{seen}; pad them to one')
     shape = seen
     fillers = [ids[-1]] * (len(batch.input_ids) - len(ids))
-    tokens, pruning, counts = model.start(batch, options.replace(
-        row_ids=np.asarray(ids + fillers, np.int32)))
+    some = options if options.row_ids is None else options.replace(
+        row_ids=np.asarray(options.row_ids)[ids + fillers])
+    tokens, pruning, counts = model.start(batch, some)
     line.shape(batch)
     if counts is not None:
       line.arrive(0, ids, tokens, pruning, counts, [()] * len(ids))
@@ -125,10 +126,10 @@ class _Line:
     self.batch_size = self.text = self.num_images = 0
 
   def shape(self, batch: Batch) -> None:
-    """Takes the shape of the queue's batches."""
-    self.batch_size, length = batch.input_ids.shape
+    """Takes the shape of the queue's batches, and rungs from the first."""
+    self.batch_size = len(batch.input_ids)
     self.num_images = batch.features.shape[1]
-    self.text = length - self.num_images * self.model.config.num_visual_tokens
+    self.text = self.text or text_slots(batch)
 
   def arrive(self, index: int, ids: list[int], tokens: Tokens,
              pruning: Pruning, counts: Any, behind: list[tuple]) -> None:
@@ -162,11 +163,10 @@ class _Line:
     """Makes a batch of rows and runs segment `index` on it."""
     filled = rows + [rows[-1]] * (self.batch_size - len(rows))
     call = self.model.programs.call
-    taken = [call(('take', row.tokens.valid.shape, slots, self.num_images),
-                  lambda t, p, i: seg.take_row(t, p, i, slots), row.tokens,
-                  row.pruning, np.int32(row.index)) for row in filled]
-    tokens, pruning = call(
-        ('stack', len(taken), slots, self.num_images), seg.stack_rows, taken)
+    taken = [call(('take', slots), lambda t, p, i: seg.take_row(t, p, i, slots),
+                  (), row.tokens, row.pruning, np.int32(row.index))
+             for row in filled]
+    tokens, pruning = call(('stack',), seg.stack_rows, (), taken)
     yield from self.run(index, tokens, pruning, [row.id for row in rows],
                         [row.behind for row in rows],
                         np.asarray([row.count for row in rows]))
@@ -194,11 +194,10 @@ class _Line:
     for passed in list(zip(*behind))[:-1]:
       slots.append(max(p.slots for p in passed))
       size = slots[-1] + self.room
-      rows = [call(('take cache', len(p.cache.keys), p.cache.readable.shape, size),
+      rows = [call(('take cache', size),
                    lambda cache, i, size=size: seg.take_cache(cache, i, size),
-                   p.cache, np.int32(p.index)) for p in passed]
-      caches.append(call(('stack cache', len(rows), len(rows[0].keys), size),
-                         seg.stack, rows))
+                   (), p.cache, np.int32(p.index)) for p in passed]
+      caches.append(call(('stack cache',), seg.stack, (), rows))
     slots.append(ran.cache.readable.shape[1] - self.room)
     counts = [np.asarray([p.count for p in passed]) for passed in zip(*behind)]
     return Prefilled(ran.logits, ran.positions, [*caches, ran.cache], slots,

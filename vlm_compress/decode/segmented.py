@@ -35,7 +35,7 @@ from vlm_compress.models.inputs import (
 )
 from vlm_compress.models.llava import example_batch
 from vlm_compress.models.segments import Pruning, Ran, Tokens
-from vlm_compress.models.sequence import Batch
+from vlm_compress.models.sequence import VISUAL, Batch
 
 
 class SegmentedModel:
@@ -79,11 +79,15 @@ class SegmentedModel:
       room: tokens that can be added later.
 
     Raises:
-      ConfigError: soft masks, modules that the model has not, or turns.
+      ConfigError: soft masks, modules that the model has not, turns, or a row
+        that ends in an image.
     """
     check(options is None or self.config.atp is not None and options.hard,
           'pruning in segments needs a config with atp, and hard masks')
     check(not np.any(batch.turn_ids), 'prompts have no turns')
+    ends = batch.token_types[np.arange(len(batch.valid)), _last(batch.valid)]
+    check(options is None or not np.any(ends == VISUAL), 'a prompt ends in an '
+          'image, whose last token may be pruned; let text follow')
     num_images = batch.features.shape[1]
     fit = functools.partial(self.fit, text=text_slots(batch),
                             num_images=num_images)
@@ -114,8 +118,8 @@ class SegmentedModel:
       _, cache, _ = seg.run_layers(self.config, layers, tokens, 0)
       return voco_states(self.config, (B, I), jnp.stack(cache.keys),
                          jnp.stack(cache.values), num_voco_tokens)
-    key = ('compress', features.shape, segment_ids, num_voco_tokens)
-    return self.programs.call(key, program, self.layers, self.rest, features)
+    key = ('compress', segment_ids, num_voco_tokens)
+    return self.programs.call(key, program, (self.layers, self.rest), features)
 
   def read(self, text: Batch, images: CompressedImages,
            voco_positions: jax.Array, room: int = 0) -> Prefilled:
@@ -127,10 +131,10 @@ class SegmentedModel:
       voco_positions: int32[B, I, C], see `place`.
       room: tokens that can be added later.
     """
-    key = ('place', images.keys.shape, voco_positions.shape)
-    prefix = self.programs.call(key, functools.partial(
-        place, rope_theta=self.config.text.rope_theta), images,
-                        text.image_valid, voco_positions)
+    prefix = self.programs.call(
+        ('place',), functools.partial(
+            place, rope_theta=self.config.text.rope_theta), (), images,
+        text.image_valid, voco_positions)
     return self.read_behind(text, [prefix], room)
 
   def read_behind(self, text: Batch, prefixes: Sequence[Prefix], room: int = 0
@@ -144,18 +148,17 @@ class SegmentedModel:
       room: tokens that can be added later.
     """
     bounds = self.bounds(len(prefixes) > 1)
-    tokens = self.programs.call(('text', text.input_ids.shape), lambda rest, text: (
-        seg.start(self.config, rest, text, None)[0]), self.rest,
-                        text.replace(
-                            features=text.features[:, :0],
-                            image_valid=text.image_valid[:, :0]))
+    text = text.replace(features=text.features[:, :0],
+                        image_valid=text.image_valid[:, :0])
+    tokens = self.programs.call(('text',), lambda rest, text: (
+        seg.start(self.config, rest, text, None)[0]), (self.rest,), text)
     caches, slots, counts = [], [], []
     for (first, last), prefix in zip(bounds, prefixes, strict=True):
       program = functools.partial(
           seg.read_segment, self.config, room, last == self.config.text.num_hidden_layers)
-      key = ('read', first, last, tokens.valid.shape, prefix.valid.shape, room)
-      ran = self.programs.call(key, program, self.layers[first:last], self.rest, tokens,
-                       prefix)
+      ran = self.programs.call(
+          ('read', first, last, room), program,
+          (self.layers[first:last], self.rest), tokens, prefix)
       caches.append(ran.cache)
       tokens = ran.tokens
       slots.append(ran.cache.readable.shape[1] - room)
@@ -214,9 +217,9 @@ class SegmentedModel:
     first, last = self.bounds(pruned)[index]
     program = functools.partial(seg.extend_segment, self.config, (
         index == 0, last == self.config.text.num_hidden_layers))
-    key = ('extend', first, last, args[1].readable.shape)
-    return self.programs.call(key, program, self.layers[first:last], self.rest, *args,
-                      donate=(3,))
+    return self.programs.call(
+        ('extend', first, last), program, (self.layers[first:last], self.rest),
+        *args, donate=(3,))
 
   def compile_ahead(self, batch_size: int, length: int, text: int, room: int,
                     num_images: int = 1, pruned: bool = True) -> int:
@@ -283,12 +286,20 @@ class SegmentedModel:
       if first:
         tokens, counts = seg.to_front(tokens, pruning)
       return tokens, pruning, counts
-    given = None if options is None else tuple(
-        x is None for x in (options.threshold_shift, options.row_ids))
-    key = ('start', batch.input_ids.shape, batch.features.shape, given)
-    if options is not None:  # plain numbers would be other programs
-      options = _as_arrays(options)
-    return self.programs.call(key, program, self.rest, batch, options)
+    if options is not None:
+      options = self._as_arrays(options, len(batch.input_ids))
+    return self.programs.call(('start',), program, (self.rest,), batch, options)
+
+  def _as_arrays(self, options: PruneOptions, num_rows: int) -> PruneOptions:
+    """Options of one form, so that there is one program for all of them."""
+    shift, ids = options.threshold_shift, options.row_ids
+    return options.replace(
+        temperature=np.float32(options.temperature),
+        threshold_shift=np.float32(
+            self.config.atp.threshold_shift if shift is None else shift),
+        row_ids=np.asarray(
+            np.zeros(num_rows) if ids is None else ids, np.int32),
+        seed=np.int32(options.seed))
 
   def fit(self, tokens: Tokens, counts: jax.Array | None, text: int,
           num_images: int) -> Tokens:
@@ -307,8 +318,8 @@ class SegmentedModel:
 
   def cut(self, tokens: Tokens, slots: int) -> Tokens:
     """The first `slots` of every row."""
-    key = ('cut', *tokens.valid.shape, slots)
-    return self.programs.call(key, lambda t: seg.cut(t, slots), tokens)
+    return self.programs.call(('cut', slots), lambda t: seg.cut(t, slots), (),
+                              tokens)
 
   def run(self, index: int, tokens: Tokens, pruning: Pruning | None,
           room: int) -> Ran:
@@ -316,15 +327,11 @@ class SegmentedModel:
     first, last = self.bounds(pruning is not None)[index]
     program = functools.partial(seg.run_segment, self.config, index, room,
                                 last == self.config.text.num_hidden_layers)
-    key = ('run', first, last, tokens.valid.shape, room,
-           None if pruning is None else pruning.inputs.order.shape)
-    return self.programs.call(key, program, self.layers[first:last], self.rest, tokens,
-                      pruning)
+    return self.programs.call(
+        ('run', first, last, room), program,
+        (self.layers[first:last], self.rest), tokens, pruning)
 
 
-def _as_arrays(options: PruneOptions) -> PruneOptions:
-  kinds = {'temperature': np.float32, 'threshold_shift': np.float32,
-           'row_ids': np.int32, 'seed': np.int32}
-  return options.replace(**{
-      name: None if getattr(options, name) is None else
-      np.asarray(getattr(options, name), kind) for name, kind in kinds.items()})
+def _last(valid: np.ndarray) -> np.ndarray:
+  """int[B], the last True of each row."""
+  return valid.shape[1] - 1 - np.argmax(valid[:, ::-1], axis=1)

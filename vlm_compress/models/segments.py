@@ -47,6 +47,10 @@ class Tokens:
   prompt_weight: jax.Array
 
 
+UNUSED = Tokens(x=0.0, positions=0, valid=False, visual_slots=-1, image_ids=0,
+                prompt_weight=0.0)
+
+
 @flax.struct.dataclass
 class Pruning:
   """What the modules of a batch share, and what they have decided.
@@ -218,21 +222,22 @@ def to_front(tokens: Tokens, pruning: Pruning | None
       y, order.reshape(order.shape + (1,) * (y.ndim - 2)), axis=1)
   moved = jax.tree.map(take, tokens.replace(valid=stay))
   # A slot that is not used must not look like a visual token.
-  unused = lambda y, value: jnp.where(moved.valid, y, value)
-  moved = moved.replace(
-      visual_slots=unused(moved.visual_slots, -1),
-      image_ids=unused(moved.image_ids, 0),
-      prompt_weight=unused(moved.prompt_weight, 0.0))
+  moved = moved.replace(visual_slots=jnp.where(
+      moved.valid, moved.visual_slots, UNUSED.visual_slots))
   return moved, jnp.sum(stay, axis=1, dtype=jnp.int32)
 
 
 def take_row(tokens: Tokens, pruning: Pruning, index: jax.Array, num_slots: int
              ) -> tuple[Tokens, Pruning]:
-  """One row of a batch, on its first `num_slots` slots."""
+  """One row of a batch, cut to `num_slots` slots or filled up to them."""
   take = lambda y, axis=0: jax.lax.dynamic_slice_in_dim(y, index, 1, axis)
   inputs, state = pruning.inputs, pruning.state
-  tokens = jax.tree.map(lambda y: take(y)[:, :num_slots], tokens)
-  return tokens, Pruning(
+
+  def fit(y, unused):
+    y = take(y)[:, :num_slots]
+    spare = ((0, 0), (0, num_slots - y.shape[1])) + ((0, 0),) * (y.ndim - 2)
+    return jnp.pad(y, spare, constant_values=unused)
+  return jax.tree.map(fit, tokens, UNUSED), Pruning(
       inputs.replace(image_valid=take(inputs.image_valid),
                      order=take(inputs.order)),
       atp.PruneState(keep=take(state.keep),
