@@ -112,9 +112,9 @@ def test_all_kept_is_the_plain_model():
 def test_a_soft_mask_at_high_temperature_is_the_shorter_row():
   config = CONFIGS['adaptive']
   batch = batch_of(config)
-  soft, _ = masked(config, batch, ANSWERS[:, :0],
+  soft, _ = masked(config, batch, ANSWERS,
                    prune=PruneOptions(temperature=1e7, hard=False))
-  got, _ = in_segments(config, batch, ANSWERS[:, :0], PruneOptions())
+  got, _ = in_segments(config, batch, ANSWERS, PruneOptions(row_ids=ROW_IDS))
   helpers.close(got, soft)
 
 
@@ -150,11 +150,12 @@ def test_a_row_does_not_depend_on_batch_capacity_or_place(name):
 
 def test_ladders_of_the_config():
   plain = CONFIGS['adaptive']
-  assert capacity_ladder(plain) == (1, 2, 3, 4, 6, 8, 12, 16)
+  assert capacity_ladder(plain) == (1, 2, 3, 4, 6, 7, 8, 10, 12, 16)
   large = dataclasses.replace(
       plain, vision=dataclasses.replace(plain.vision, image_size=144),
       atp=dataclasses.replace(plain.atp, target_tokens=200.0))
-  assert capacity_ladder(large) == (24, 36, 48, 64, 96, 144, 192, 288, 432, 576)
+  assert capacity_ladder(large) == (24, 36, 48, 64, 80, 96, 120, 144,
+                                    192, 240, 288, 360, 432, 576)
   given = dataclasses.replace(plain, atp=dataclasses.replace(
       plain.atp, capacities=(2, 9, 40)))
   assert capacity_ladder(given) == (2, 9, 16)
@@ -202,21 +203,23 @@ def stream(config, count):
   """Batches of two different pictures each, with questions of any length."""
   rng = np.random.default_rng(5)
   for i in range(0, count, 2):
-    ids = [(BOS, IMAGE, *rng.integers(6, 90, rng.integers(1, 7)).tolist())
+    ids = [(BOS, IMAGE, *rng.integers(6, 90, rng.integers(1, 14)).tolist())
            for _ in range(2)]
     yield helpers.batch([Sample(x, seed=10 * i + j) for j, x in enumerate(ids)],
-                        config, length=24, num_images=1)
+                        config, length=32, num_images=1)
 
 
 def test_nothing_is_compiled_for_200_different_images():
-  config = helpers.atp_config(init_theta_s=0.9)
+  config = helpers.atp_config(capacities=(2, 4, 8))
   model = SegmentedModel(config, helpers.build(config)[1])
-  count = model.compile_ahead(batch_size=2, length=24, text=8, room=4)
+  count = model.compile_ahead(batch_size=2, length=32, text=16, room=4)
   assert count == len(model.programs) > 20
   slots = set()
   with Compilations() as compilations:
     for shift, batch in zip(np.linspace(-1.0, 1.0, 100), stream(config, 200)):
-      state = model.prefill(batch, PruneOptions(threshold_shift=shift), room=4)
+      options = PruneOptions() if shift > 0.5 else PruneOptions(
+          threshold_shift=shift, row_ids=np.int32([1, 2]))
+      state = model.prefill(batch, options, room=4)
       for token in ANSWERS[:2, :3].T:
         model.extend(token, state)
       slots |= set(enumerate(state.slots))
@@ -234,6 +237,9 @@ def test_what_cannot_be_is_refused():
     model.prefill(batch, PruneOptions(hard=False))
   with pytest.raises(ConfigError, match='config with atp'):
     segmented(helpers.tiny()).prefill(batch, PruneOptions())
+  ends = helpers.batch([Sample((BOS, 6, IMAGE))], config, length=24, num_images=1)
+  with pytest.raises(ConfigError, match='ends in an image'):
+    model.prefill(ends, PruneOptions())
   with pytest.raises(ConfigError, match='no turns'):
     model.prefill(batch.replace(turn_ids=batch.turn_ids + 1), None)
   state = model.prefill(batch, None)

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from vlm_compress import presets
 from vlm_compress.cli import __main__ as cli
-from vlm_compress.config import AtpConfig, TextConfig
+from vlm_compress.config import AtpConfig
 from vlm_compress.decode.segmented import SegmentedModel
 from vlm_compress.eval import efficiency
 from vlm_compress.eval.benchmark import adaptive, inference, report, subjects, timing, training
+from vlm_compress.models.llava import PruneOptions
 from vlm_compress.models.segments import capacity_ladder
 
 LAYERS, ROWS = 4, 2
@@ -145,13 +147,49 @@ def test_training_rows():
   assert abs(losses[0] - losses[1]) > 1e-4
 
 
-def test_slices_have_the_widths_of_7b():
-  text = TextConfig(num_hidden_layers=3)
-  config = dataclasses.replace(
-      helpers.tiny(atp=AtpConfig(prune_after=(1,), target_tokens=16.0)),
-      text=text)
-  tree = jax.eval_shape(lambda: subjects.abstract_params(config, False))
-  assert '4096' in str(tree) and '11008' in str(tree)
+def test_slices_have_the_widths_of_7b(monkeypatch):
+  """Without the gigabytes: no parameters are drawn."""
+  seen = []
+  monkeypatch.setattr(subjects, 'random_params', lambda config, rng: None)
+  monkeypatch.setattr(subjects, 'SegmentedModel',
+                      lambda config, params: seen.append(config))
+  made = subjects.slice_of_7b(8, 'bfloat16', 2)
+  assert made.features.shape == (2, 576, 1024) and seen == [made.atp]
+  text, whole = made.plain.text, presets.preset('llava_1_5_7b').text
+  assert text == dataclasses.replace(whole, num_hidden_layers=8)
+  assert made.plain.vision == presets.preset('llava_1_5_7b').vision
+  assert made.atp.atp.prune_after == (1, 3, 6)
+
+
+def test_random_tokens_pay_for_no_selector(subject):
+  """The compiler's count of the first segment: that of its layer alone."""
+  def flops(selector):
+    counts = {} if selector == 'adaptive' else {'fixed_counts': (8, 4)}
+    config = dataclasses.replace(subject.atp, atp=AtpConfig(
+        prune_after=(1, 3), selector=selector, target_tokens=64.0, **counts))
+    model = subject.model.with_config(config)
+    state = model.prefill(subjects.prompt_batch(subject, 1), PruneOptions())
+    assert len(state.slots) == 3
+    run, = (program for key, program in model.programs._compiled.items()
+            if key[0][:3] == ('run', 0, 1))
+    return run.cost_analysis()['flops']
+  random, uniform, adaptive = map(flops, ('random', 'uniform', 'adaptive'))
+  assert random == pytest.approx(uniform, rel=0.01) and random < 0.9 * adaptive
+
+
+def test_compressing_runs_the_last_layer_for_its_keys_only(subject):
+  """VoCo's formula against the compiler's count of what is served."""
+  config = subject.voco(2)
+  model = subject.model.with_config(config)
+  batch = subjects.voco_batch(subject, 1, 2)
+  model.compress(batch.text.features, batch.segment_ids, 2)
+  run, = (program for key, program in model.programs._compiled.items()
+          if key[0][0] == 'compress')
+  parts = [efficiency.voco_cost(config, 0.0, num_voco_tokens=2, keys_only=k)
+           for k in (True, False)]
+  ours, whole = (float(p.projector + p.decoder_dense) for p in parts)
+  counted = run.cost_analysis()['flops']
+  assert whole > 1.1 * ours and 0.85 < counted / ours < 1.25
 
 
 def test_report_of_all_parts(subject, rows, tmp_path):
@@ -181,10 +219,10 @@ def test_command_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
   assert len(calls) == 1 and (tmp_path / 'benchmark.md').exists()
   kept = json.loads((tmp_path / 'benchmark.json').read_text())
   assert kept['training'] == [row]
-  kept['machine']['cores'] = 999
+  kept['setting']['cores'] = 999
   (tmp_path / 'benchmark.json').write_text(json.dumps(kept))
   assert cli.main(command) == 2
-  assert 'measured on another machine' in capsys.readouterr().err
+  assert 'measured in another setting' in capsys.readouterr().err
   (tmp_path / 'benchmark.json').write_text('{"a": 1}')
   assert cli.main(command) == 2
   assert 'no result of this command' in capsys.readouterr().err

@@ -11,6 +11,7 @@ with what is missing.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -22,13 +23,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from vlm_compress import __version__
 from vlm_compress.atomic import write_text
 from vlm_compress.cli.arguments import Parser, number
 from vlm_compress.config import DTYPES, ConfigError, check
 
 PARTS = ('quickstart', 'slice', 'training')
 SHARES, VOCO_TOKENS = (0.25, 0.15), (1, 8)
-QUICKSTART_PICTURES, SLICE_PICTURES, REGROUP_BATCH = 64, 16, 4
+QUICKSTART_PICTURES, SLICE_PICTURES, REGROUP_BATCH = 64, 8, 4
 SHIPPED = pathlib.Path(__file__).parents[1] / 'checkpoints' / 'quickstart'
 
 
@@ -41,11 +43,12 @@ def parser() -> argparse.ArgumentParser:
                  help='model directory of the part quickstart (the base model '
                  'of the quickstart, which gets modules that nobody trained)')
   p.add_argument('--dtype', action='append', choices=DTYPES,
-                 help='of the slice; again for both (float32)')
-  p.add_argument('--batch', action='append', type=number(int, 1),
+                 help='of the slice; again for more (both)')
+  p.add_argument('--batch', action='append', type=number(int, 1, SLICE_PICTURES),
                  help='prompts at a time; again for more (1, 4)')
-  p.add_argument('--layers', type=number(int, 3), default=8,
-                 help='decoder layers of the slice (%(default)s)')
+  p.add_argument('--layers', type=number(int, 7), default=8,
+                 help='decoder layers of the slice (%(default)s); with fewer than '
+                 '7, 15 %% of the tokens is below the floor')
   p.add_argument('--repeats', type=number(int, 1), default=5,
                  help='rounds whose median counts (%(default)s)')
   p.add_argument('--no-torch', action='store_true',
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> int:
   args = parser().parse_args(argv)
   from vlm_compress.eval.benchmark import report
   args.out.mkdir(parents=True, exist_ok=True)
-  log = Log(args.out / 'benchmark.json', _machine())
+  log = Log(args.out / 'benchmark.json', _setting(args))
   console = Console(stderr=True)
   with Progress(console=console, transient=True,
                 disable=not console.is_terminal) as bar:
@@ -77,9 +80,9 @@ def main(argv: list[str]) -> int:
 class Log:
   """What has been measured so far, in a JSON file."""
 
-  def __init__(self, path: pathlib.Path, machine: dict[str, Any]):
+  def __init__(self, path: pathlib.Path, setting: dict[str, Any]):
     self.path = path
-    self.found = {'machine': machine, 'inference': [], 'adaptive': [],
+    self.found = {'setting': setting, 'inference': [], 'adaptive': [],
                   'training': []}
     if path.exists():
       try:
@@ -88,9 +91,11 @@ class Log:
       except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f'{path} is no result of this command; name another '
                           '--out or delete it') from error
-      check(before['machine'] == machine, f'{path} was measured on another '
-            f'machine or with other versions ({before["machine"]}, now '
-            f'{machine}); name another --out')
+      other = {name: (before['setting'].get(name), value)
+               for name, value in setting.items()
+               if before['setting'].get(name) != value}
+      check(not other, f'{path} was measured in another setting (then, now: '
+            f'{other}); name another --out')
       self.found = before
 
   def has(self, kind: str, **values: Any) -> bool:
@@ -104,10 +109,34 @@ class Log:
     write_text(self.path, json.dumps(self.found, indent=1) + '\n')
 
 
-def _machine() -> dict[str, Any]:
+def _setting(args: argparse.Namespace) -> dict[str, Any]:
+  """Rows of two settings do not belong into one table."""
+  import importlib.metadata
+
   import jax
-  return {'python': platform.python_version(), 'jax': jax.__version__,
-          'backend': jax.default_backend(), 'cores': os.cpu_count()}
+
+  from vlm_compress.convert.files import WEIGHTS
+  weights = args.checkpoint / WEIGHTS
+  check(weights.is_file(), f'{weights} does not exist; name a model directory: '
+        '--checkpoint')
+  with open(weights, 'rb') as file:
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+  outside = {} if args.no_torch else {
+      name: importlib.metadata.version(name) for name in ('torch', 'transformers')
+      if importlib.util.find_spec(name)}
+  return {'vlm_compress': __version__, 'python': platform.python_version(),
+          'jax': jax.__version__, 'backend': jax.default_backend(),
+          'cores': os.cpu_count(), 'cpu': _cpu(), 'repeats': args.repeats,
+          'checkpoint': digest[:16], **outside}
+
+
+def _cpu() -> str:
+  try:
+    text = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8')
+  except OSError:
+    return platform.processor()
+  lines = [x for x in text.splitlines() if x.startswith(('model name', 'cpu MHz'))]
+  return lines[0].partition(':')[2].strip() if lines else platform.machine()
 
 
 def _outside(subject: Any, num_rows: int, model: Any) -> dict[str, Any]:
@@ -137,7 +166,7 @@ def _inference(args: argparse.Namespace, log: Log, tick: Callable[[str], Any],
   from vlm_compress.eval.benchmark import adaptive, inference
   batches = [b for b in args.batch or (1, 4) if not log.has(
       'inference', subject=name, dtype=dtype, batch=b)]
-  regroups = not log.has('adaptive', subject=name, dtype=dtype)
+  regroups = dtype == 'float32' and not log.has('adaptive', subject=name)
   if not batches and not regroups:
     return
   subject = make()
@@ -175,7 +204,7 @@ def _quickstart(args: argparse.Namespace, log: Log, tick: Callable[[str], Any]
 def _slice(args: argparse.Namespace, log: Log, tick: Callable[[str], Any]
            ) -> None:
   from vlm_compress.eval.benchmark import subjects
-  for dtype in args.dtype or ('float32',):
+  for dtype in args.dtype or DTYPES:
     _inference(args, log, tick, lambda dtype=dtype: subjects.slice_of_7b(
         args.layers, dtype, SLICE_PICTURES), subjects.slice_name(args.layers),
                dtype, None)

@@ -318,7 +318,8 @@ def prefill_cost(config: LlavaConfig, visual_tokens: np.ndarray,
 
 def voco_cost(config: LlavaConfig, text_tokens: np.ndarray, *,
               num_voco_tokens: int | None = None, prefix_tokens: int = 2,
-              num_images: int = 1, cached: bool = False) -> PrefillCost:
+              num_images: int = 1, cached: bool = False,
+              keys_only: bool = False) -> PrefillCost:
   """VoCo-LLaMA in two passes: compress every image, then read.
 
   Compress: a causal pass over prefix, P visual and C VoCo tokens, per image.
@@ -333,6 +334,8 @@ def voco_cost(config: LlavaConfig, text_tokens: np.ndarray, *,
     prefix_tokens: BOS and newline that are compressed with each image.
     num_images: images of the row, all in front of the text.
     cached: the images were compressed earlier.
+    keys_only: the last layer of compressing is its key and value projections,
+      as in serving: nobody reads what else it computes.
   """
   if config.voco is None:
     raise ConfigError('voco_cost needs a config with voco; it is None')
@@ -345,8 +348,10 @@ def voco_cost(config: LlavaConfig, text_tokens: np.ndarray, *,
   def passes(pairs):
     read = layer_flops(text, text_tokens,
                        pairs(text_tokens, seen * num_images))
-    return layers * (read + images * layer_flops(text, compress,
-                                                 pairs(compress)))
+    one = layer_flops(text, compress, pairs(compress))
+    last = one if not keys_only else 4.0 * compress * (
+        text.hidden_size * text.num_key_value_heads * text.size_per_head)
+    return layers * read + images * ((layers - 1) * one + last)
 
   return PrefillCost(
       vision=images * vision_flops(config),

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlm_compress.config import LlavaConfig
 from vlm_compress.decode.prefilled import entering
 from vlm_compress.decode.regroup import SlotCount, count_slots, prefill_regrouped
 from vlm_compress.eval.benchmark import subjects
+from vlm_compress.eval.benchmark.inference import TOLERANCE
 from vlm_compress.eval.benchmark.timing import alternate, median_ms
 from vlm_compress.eval.calibration import calibrate
 from vlm_compress.models.inputs import PruneOptions
@@ -33,8 +35,10 @@ def measure(subject: subjects.Subject, *, share: float, batch_size: int,
     tick: called with the name of what has been run.
 
   Returns:
-    Plain JSON types: kept [Q, L] tokens after each module; ladder; per mode
-    (alone, batch, regrouped) slot waste and milliseconds per prompt.
+    Plain JSON types: kept [Q, L] tokens after each module; ladder; rung_waste
+    [L], slots of the rungs / kept visual tokens of prompts alone; per mode
+    (alone, batch, regrouped) slot waste, with text and over all layers, and
+    milliseconds per prompt.
   """
   model, config = subject.model, subject.atp
   num_prompts = len(subject.features) // batch_size * batch_size
@@ -48,7 +52,8 @@ def measure(subject: subjects.Subject, *, share: float, batch_size: int,
     options = PruneOptions(threshold_shift=shift)
     return np.concatenate([entering(config, model.prefill(
         batch, options).pruning).sum(2).T for batch in batches])
-  found = calibrate(count, share * config.num_visual_tokens, config)
+  target = share * config.num_visual_tokens
+  found = calibrate(count, target, config, tolerance=TOLERANCE * target)
   options = PruneOptions(threshold_shift=found.shift)
   counts = {'alone': SlotCount(), 'batch': SlotCount(), 'regrouped': SlotCount()}
 
@@ -68,15 +73,23 @@ def measure(subject: subjects.Subject, *, share: float, batch_size: int,
   seconds = alternate({'alone': lambda: in_order('alone', singles),
                        'batch': lambda: in_order('batch', batches),
                        'regrouped': regrouped}, repeats, tick=tick)
-  tokens = count(found.shift)
-  placed = list(config.atp.prune_after)
+  modes = {name: {'waste': counts[name].waste,
+                  'ms_per_prompt': median_ms(value) / num_prompts}
+           for name, value in seconds.items()}
   return {'subject': subject.name, 'dtype': config.dtype, 'share': share,
-          'batch': batch_size, 'achieved': found.achieved,
-          'kept': tokens[:, placed].tolist(), 'prune_after': placed,
-          'ladder': list(capacity_ladder(config)),
-          'num_layers': config.text.num_hidden_layers,
-          'num_visual_tokens': config.num_visual_tokens,
+          'batch': batch_size, 'achieved': found.achieved, 'modes': modes,
           'programs': len(model.programs),
-          'modes': {name: {'waste': counts[name].waste,
-                           'ms_per_prompt': median_ms(value) / num_prompts}
-                    for name, value in seconds.items()}}
+          **_rungs(config, count(found.shift))}
+
+
+def _rungs(config: LlavaConfig, tokens: np.ndarray) -> dict[str, Any]:
+  """What float32[Q, M] tokens per layer are rounded up to."""
+  placed = list(config.atp.prune_after)
+  ladder = np.asarray(capacity_ladder(config))
+  kept = tokens[:, placed]
+  rungs = ladder[np.searchsorted(ladder, kept)]
+  return {'kept': kept.tolist(), 'prune_after': placed,
+          'ladder': ladder.tolist(),
+          'rung_waste': (rungs.sum(0) / kept.sum(0)).tolist(),
+          'num_layers': config.text.num_hidden_layers,
+          'num_visual_tokens': config.num_visual_tokens}

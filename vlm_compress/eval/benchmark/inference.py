@@ -30,6 +30,7 @@ from vlm_compress.models.llava import Llava
 
 ANSWER = 10  # tokens of the answer whose time is reported
 OUTSIDE_REST = 0.3  # seconds
+TOLERANCE = 0.01  # of a layer average
 NUM_PROMPT = float(subjects.NUM_TEXT - subjects.NUM_BEFORE)
 FULL, FULL_CACHED = 'full', 'full, visual KV cached'
 
@@ -67,7 +68,7 @@ def cases(subject: Subject, num_rows: int, shares: tuple[float, ...],
     subject: the model.
     num_rows: B.
     shares: layer averages of visual tokens for ATP, as parts of P.
-    voco_tokens: C of each VoCo row.
+    voco_tokens: C of each VoCo row; the first also without a cache.
   """
   P = subject.plain.num_visual_tokens
   M = subject.plain.text.num_hidden_layers
@@ -78,7 +79,8 @@ def cases(subject: Subject, num_rows: int, shares: tuple[float, ...],
     pruned = _atp(subject, num_rows, share)
     found += [pruned, _random(subject, num_rows, share, pruned.entering)]
   for count in voco_tokens:
-    found += _voco(subject, num_rows, count)
+    rows = _voco(subject, num_rows, count)
+    found += rows if count == voco_tokens[0] else rows[1:]
   return found
 
 
@@ -131,7 +133,7 @@ def _atp(subject: Subject, num_rows: int, share: float) -> Case:
     state = subject.model.prefill(batch, PruneOptions(threshold_shift=shift))
     return entering(config, state.pruning).sum(2).T
 
-  found = calibrate(count, target, config)
+  found = calibrate(count, target, config, tolerance=TOLERANCE * target)
   options = PruneOptions(threshold_shift=found.shift)
   tokens = count(found.shift)
   selector = np.mean(efficiency.selector_flops(config, tokens, NUM_PROMPT))
@@ -179,7 +181,7 @@ def _voco(subject: Subject, num_rows: int, count: int) -> list[Case]:
       (f'VoCo {count}', lambda room: read(compress(), room), False),
       (f'VoCo {count}, cached', lambda room: read(cached, room), True)):
     cost = efficiency.voco_cost(config, float(length), num_voco_tokens=count,
-                                cached=is_cached)
+                                cached=is_cached, keys_only=True)
     rows.append(Case(name, model, run, *_both(cost),
                      np.full(shape, float(count)),
                      np.full(shape, float(length + count)), not is_cached))
@@ -212,16 +214,16 @@ def selector(subject: Subject, case: Case, num_rows: int) -> Callable[[], Any]:
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), size)
 
-  def program(heads, module, tokens, last, pruning, slots):
-    pruning = seg.run_module(heads, module, tokens, last, pruning)
+  def program(modules, module, tokens, last, pruning, slots):
+    pruning = seg.run_module(modules, module, tokens, last, pruning)
     tokens, counts = seg.to_front(tokens, pruning)
     return seg.cut(tokens, slots), counts, pruning
   runs = []
   for module, slots in enumerate(state.slots[:-1]):
     some = model.cut(tokens, slots)
-    heads = [draw(num_rows, slots, n, text.size_per_head) for n in shapes]
+    q, k = (draw(num_rows, slots, n, text.size_per_head) for n in shapes)
     lse = jnp.full((num_rows, slots, shapes[0]), 8.0)
-    last = seg.LayerState(heads[0], heads[1], heads[1], lse)
+    last = seg.LayerState(q, k, k, lse)
     run = jax.jit(functools.partial(program, module=module,
                                     slots=state.slots[module + 1]))
     runs.append(functools.partial(run, subject.model.rest['atp'], tokens=some,
@@ -294,21 +296,21 @@ def _values(subject: Subject, case: Case, state: Prefilled) -> dict[str, Any]:
           subject.plain.text, case.cached, subject.plain.dtype))),
       'slot_waste': count_slots(case.model, state).waste,
       'slots': list(state.slots),
-      'peak_bytes': peak_rise(lambda: case.prefill(ANSWER).logits),
-      'programs': len(case.model.programs)}
+      'peak_bytes': peak_rise(lambda: case.prefill(ANSWER).logits)}
 
 
 def _outside_values(subject: Subject, other: Any) -> dict[str, Any]:
   text = subject.plain.text
   tokens = np.full((1, text.num_hidden_layers), float(other.num_visual))
-  flops, dense = _cost(subject.plain, tokens)
+  cost = efficiency.prefill_cost(subject.plain, tokens, subjects.NUM_TEXT)
+  flops, dense = (float(np.mean(cost.prefill - cost.decoder + n))  # no projector
+                  for n in (cost.decoder, cost.decoder_dense))
   return {
       'visual_tokens': float(other.num_visual), 'prefill_flops': flops,
       'prefill_flops_dense': dense, 'selector_flops': 0.0,
       'kv_bytes': float(efficiency.kv_bytes(
           text, tokens[0] + subjects.NUM_TEXT, subject.plain.dtype)),
-      'slot_waste': 1.0, 'slots': [], 'peak_bytes': peak_rise(other.prefill),
-      'programs': None}
+      'slot_waste': 1.0, 'slots': [], 'peak_bytes': peak_rise(other.prefill)}
 
 
 def _row(subject: Subject, method: str, num_rows: int,

@@ -20,7 +20,8 @@ INFERENCE = ('method', 'visual tokens', 'vision ms', 'selector ms', 'prefill ms'
 SELECTOR = ('selector of', 'ms', 'of prefill time', 'of prefill FLOP')
 TRAINING = ('step', 'ms', 'temporaries', 'peak memory', 'time ratio',
             'memory ratio')
-ADAPTIVE = ('model', 'visual tokens', 'batches', 'slot waste', 'ms / prompt')
+ADAPTIVE = ('model', 'visual tokens', 'batches', 'slots / tokens, all layers',
+            'rung / kept, behind each module', 'ms / prompt')
 
 
 def write(found: Mapping[str, Any], directory: pathlib.Path
@@ -108,7 +109,9 @@ def _selector(row: Mapping[str, Any]) -> list[str]:
 def _adaptive(row: Mapping[str, Any]) -> list[list[str]]:
   return [[f'{row["subject"]}, {row["dtype"]}', f'{row["achieved"]:.1f}',
            name if name == 'alone' else f'{name}, {row["batch"]}',
-           f'{mode["waste"]:.3f}', _ms(mode['ms_per_prompt'])]
+           f'{mode["waste"]:.3f}', ', '.join(
+               f'{w:.2f}' for w in row['rung_waste']) if name == 'alone' else '–',
+           _ms(mode['ms_per_prompt'])]
           for name, mode in row['modes'].items()]
 
 
