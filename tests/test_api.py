@@ -163,6 +163,8 @@ def test_a_kept_image_stands_for_its_picture(vlms, pictures):
     api.generate(vlm, QUESTION, [kept_blind])
   with pytest.raises(ConfigError, match='no logits of all tokens'):
     api.logits(vlm, QUESTION, [kept])
+  with pytest.raises(ConfigError, match='KeptImage is no picture'):
+    api.keep_image(vlm, kept, QUESTION)
 
 
 def test_a_picture_is_encoded_once_and_a_program_compiled_once(

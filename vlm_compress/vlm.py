@@ -228,6 +228,8 @@ def keep_image(vlm: Vlm, image: Any, prompt: str) -> KeptImage:
     ConfigError: the model has no ATP modules.
   """
   vlm.method('atp')
+  check(not isinstance(image, (CompressedImage, KeptImage)),
+        f'a {type(image).__name__} is no picture; give the picture itself')
   row = prepare(vlm, prompt, [image], 'atp', None)
   state = vlm.segmented.prefill(row.batch, row.prune)
   fields = {name: getattr(row.batch, name)[0] for name in ROW_FIELDS}

@@ -128,26 +128,33 @@ def _save(path: pathlib.Path, figure: Any) -> pathlib.Path:
 
 
 def ratio_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-  """Prefill time against FLOPs, both as parts of the full model's."""
+  """Prefill time and FLOPs of every method, as parts of the full model's."""
   groups = _groups(rows)
-  figure = report.new_figure(3.4 * len(groups) + 0.6, 3.4)
-  axes = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
+  columns = min(len(groups), 3)
+  lines = -(-len(groups) // columns)
+  figure = report.new_figure(4.4 * columns, 3.0 * lines + 0.3)
+  axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+  for ax in axes[len(groups):]:
+    ax.axis('off')
   for ax, (key, group) in zip(axes, groups.items()):
-    style_axes(ax, 'prefill FLOPs / full', 'prefill time / full'
-               if ax is axes[0] else '')
-    low = 0.8 * min(min(r['flop_ratio'], r['time_ratio']) for r in group)
-    high = 1.3 * max(max(r['flop_ratio'], r['time_ratio']) for r in group)
-    ax.plot([low, high], [low, high], color=GREY, linewidth=0.8)
-    ax.plot([low, high], [1.15 * low, 1.15 * high], color=GREY, linewidth=0.8,
-            linestyle=':')
-    for index, row in enumerate(group):
-      ax.plot(row['flop_ratio'], row['time_ratio'], 'o', markersize=5,
-              color=METHOD_COLOURS[index % len(METHOD_COLOURS)])
-      ax.annotate(row['method'], (row['flop_ratio'], row['time_ratio']),
-                  xytext=(4, -2 + 5 * (index % 3 - 1)), fontsize=6,
-                  textcoords='offset points')
-    ax.set(xscale='log', yscale='log', xlim=(low, 2.5 * high), ylim=(low, high))
+    style_axes(ax, 'part of the full model')
+    places = np.arange(len(group))
+    for shift, column, colour, name in (
+        (-0.2, 'flop_ratio', GREY, 'prefill FLOPs'),
+        (0.2, 'time_ratio', METHOD_COLOURS[0], 'prefill time')):
+      values = [row[column] for row in group]
+      ax.barh(places + shift, values, 0.38, color=colour, label=name)
+      for place, value in zip(places, values):
+        ax.text(1.05 * value, place + shift, f'{value:.2f}', fontsize=5.5,
+                va='center')
+    ax.set_yticks(places, [row['method'] for row in group], fontsize=6)
+    ax.axvline(1.0, color=GREY, linewidth=0.6)
+    ax.set(xscale='log', xlim=(0.07, 6.0))
+    ax.set_xticks([0.1, 0.25, 0.5, 1, 2, 4], ['.1', '.25', '.5', '1', '2', '4'])
+    ax.minorticks_off()
+    ax.invert_yaxis()
     ax.set_title(title(*key), fontsize=8)
+  axes[0].legend(fontsize=6, frameon=False, loc='lower right')
   return figure
 
 
