@@ -154,7 +154,7 @@ def ratio_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     ax.minorticks_off()
     ax.invert_yaxis()
     ax.set_title(title(*key), fontsize=8)
-  axes[0].legend(fontsize=6, frameon=False, loc='lower right')
+  axes[0].legend(fontsize=6, frameon=False, loc='upper right')
   return figure
 
 
