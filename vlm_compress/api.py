@@ -5,6 +5,7 @@
   logits          of every token of a prompt or a conversation
   generate        an answer, streamed if wanted
   compress_image  a picture as VoCo tokens, to ask several questions about
+                  (`keep_image`: as the tokens that ATP keeps)
 
 `generate` and the command of that name are the same code.  A prompt is padded
 to a multiple of 64 tokens, which changes no result, and compiled programs and
