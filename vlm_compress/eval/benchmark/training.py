@@ -16,6 +16,7 @@ import optax
 
 from vlm_compress import losses
 from vlm_compress.config import AtpConfig, LlavaConfig, TextConfig, VisionConfig, VocoConfig
+from vlm_compress.eval.benchmark.subjects import BOS, NEWLINE, NUM_TEXT, WORD
 from vlm_compress.eval.benchmark.timing import alternate, median_ms, peak_rise, spread
 from vlm_compress.models.llava import Llava, init_params
 from vlm_compress.models.sequence import expand_row, make_batch, split_voco
@@ -25,8 +26,7 @@ from vlm_compress.train.optimizer import make_optimizer
 from vlm_compress.train.recipe import Recipe
 
 PLAIN = 'plain model'
-BOS, NEWLINE, WORD = 1, 2, 3
-NUM_TEXT, NUM_TARGETS, VOCO_TOKENS = 64, 10, 8
+NUM_TARGETS, VOCO_TOKENS = 10, 8
 
 
 def config_of(hidden_size: int = 1024, num_layers: int = 4) -> LlavaConfig:
