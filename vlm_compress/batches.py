@@ -93,9 +93,7 @@ def _read(vlm: Vlm, rows: Sequence[Row], batch_size: int, regroup: bool,
       row = _together(rows, ids, batch_size if rows[ids[0]].kept is None else 1)
       state = prefill(vlm, row, room)
       if row.prune is not None:
-        total = count_slots(vlm.segmented, state, len(ids))
-        slots.slots, slots.tokens = (slots.slots + total.slots,
-                                     slots.tokens + total.tokens)
+        slots.merge(count_slots(vlm.segmented, state, len(ids)))
       yield Done(ids, state)
 
 

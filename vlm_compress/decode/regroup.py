@@ -50,6 +50,11 @@ class SlotCount:
     self.slots += num_layers * num_slots * num_rows
     self.tokens += num_layers * tokens
 
+  def merge(self, other: SlotCount) -> None:
+    """Adds another count to this one."""
+    self.slots += other.slots
+    self.tokens += other.tokens
+
   @property
   def waste(self) -> float:
     """Slots per token; 1 is none."""

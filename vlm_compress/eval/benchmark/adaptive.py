@@ -60,9 +60,7 @@ def measure(subject: subjects.Subject, *, share: float, batch_size: int,
   def in_order(name: str, some: list[Batch]) -> Any:
     states = [model.prefill(batch, options) for batch in some]
     for state in states:
-      total = count_slots(model, state)
-      counts[name].slots += total.slots
-      counts[name].tokens += total.tokens
+      counts[name].merge(count_slots(model, state))
     return [state.logits for state in states]
 
   def regrouped() -> Any:
