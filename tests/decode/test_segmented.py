@@ -154,7 +154,7 @@ def test_ladders_of_the_config():
   large = dataclasses.replace(
       plain, vision=dataclasses.replace(plain.vision, image_size=144),
       atp=dataclasses.replace(plain.atp, target_tokens=200.0))
-  assert capacity_ladder(large) == (24, 36, 48, 64, 80, 96, 120, 144,
+  assert capacity_ladder(large) == (4, 12, 24, 36, 48, 64, 80, 96, 120, 144,
                                     192, 240, 288, 360, 432, 576)
   given = dataclasses.replace(plain, atp=dataclasses.replace(
       plain.atp, capacities=(2, 9, 40)))

@@ -88,13 +88,13 @@ def capacity_ladder(config: LlavaConfig) -> tuple[int, ...]:
   """Visual tokens per image that segments are compiled for, increasing.
 
   The last rung is always P: nothing may be pruned.  By default rungs are about
-  a quarter apart, 576: 24, 36, 48, 64, 80, 96, 120, 144, 192, 240, 288, 360,
-  432, 576, so that few programs serve and few slots are empty (ours).
+  a quarter apart, 576: 4, 12, 24, 36, 48, 64, 80, 96, 120, 144, 192, 240, 288,
+  360, 432, 576, so that few programs serve and few slots are empty (ours).
   """
   P = config.num_visual_tokens
   rungs = config.atp.capacities or [
-      -(-P * n // 144) for n in (6, 9, 12, 16, 20, 24, 30, 36, 48, 60, 72, 90,
-                              108)]
+      -(-P * n // 144) for n in (1, 3, 6, 9, 12, 16, 20, 24, 30, 36, 48, 60, 72,
+                              90, 108)]
   return tuple(sorted({r for r in rungs if r < P} | {P}))
 
 

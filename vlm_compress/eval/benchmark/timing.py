@@ -59,12 +59,18 @@ def spread(seconds: list[float]) -> float:
   return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
-def peak_rise(run: Callable[[], Any], tries: int = 2) -> int | None:
+def peak_rise(run: Callable[[], Any], tries: int = 2, long: float = 2.0
+              ) -> int | None:
   """Bytes by which the process grows at most while a function runs.
 
   Reads the kernel's high-water mark, which covers what XLA, torch and Python
   allocate besides what is there (weights, caches); the largest of some tries.
   None where there is no mark (not Linux).
+
+  Args:
+    run: the function.
+    tries: how often it runs.
+    long: seconds; a function that takes longer runs once.
   """
   rises = []
   for _ in range(tries):
@@ -76,8 +82,11 @@ def peak_rise(run: Callable[[], Any], tries: int = 2) -> int | None:
       before = _memory()['VmRSS']
     except OSError:
       return None
+    started = time.perf_counter()
     jax.block_until_ready(run())
     rises.append(max(0, _memory()['VmHWM'] - before))
+    if time.perf_counter() - started > long:
+      break
   return max(rises)
 
 
