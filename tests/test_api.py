@@ -12,7 +12,7 @@ import pytest
 from api_helpers import TOKENIZER, make
 from PIL import Image
 
-from vlm_compress import api, sharding
+from vlm_compress import api, batches, sharding
 from vlm_compress.config import ConfigError
 from vlm_compress.convert.processor import Processor
 from vlm_compress.data import images
@@ -259,8 +259,9 @@ def test_save_and_load(vlms, pictures, tmp_path):
     api.load(tmp_path)
 
 
-def test_on_a_mesh_it_answers_the_same(vlms, pictures, tmp_path):
-  api.save(vlms['full'], tmp_path / 'model')
+@pytest.mark.parametrize('method', METHODS)
+def test_on_a_mesh_it_answers_the_same(vlms, pictures, tmp_path, method):
+  api.save(vlms[method], tmp_path / 'model')
   one = api.load(tmp_path / 'model')
   several = api.load(tmp_path / 'model',
                      mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2))
@@ -273,6 +274,16 @@ def test_on_a_mesh_it_answers_the_same(vlms, pictures, tmp_path):
   a, b = (api.generate(vlm, QUESTION, pictures[:1], max_new_tokens=4)
           for vlm in (one, several))
   assert a.token_ids == b.token_ids
+  if method == 'full':
+    return
+  # once more from what is left of the picture, and in batches
+  again = {'voco': api.compress_image, 'atp': functools.partial(
+      api.keep_image, prompt=QUESTION)}[method](several, pictures[0])
+  requests = [batches.Request(QUESTION, [again]),
+              batches.Request(QUESTION, pictures[:1])]
+  for got in batches.answer_all(several, requests, max_new_tokens=4,
+                                batch_size=2):
+    assert got.token_ids == a.token_ids
 
 
 def test_the_end_of_the_context(vlms, pictures):

@@ -96,6 +96,31 @@ def test_shorter_rows_are_the_hard_mask(name, pad_left):
   assert np.abs(got - plain).max() > 1e-2
 
 
+@pytest.mark.parametrize('kernel', ['jax', pytest.param(
+    'splash', marks=pytest.mark.slow)])
+def test_other_kernels_give_the_same(kernel):
+  config = CONFIGS['adaptive']
+  options, answers = PruneOptions(row_ids=ROW_IDS), ANSWERS[:, :3]
+  want, out = masked(config, batch_of(config), answers, prune=options)
+  other = dataclasses.replace(config, attention_implementation=kernel)
+  got, state = in_segments(other, batch_of(other), answers, options)
+  helpers.close(got, want)
+  np.testing.assert_array_equal(state.pruning.state.module_keep,
+                                out.prune.module_keep)
+
+
+def test_in_bfloat16_it_is_the_hard_mask():
+  """To what bfloat16 rounds; float32 tolerances are for float32."""
+  config = dataclasses.replace(CONFIGS['random'], dtype='bfloat16')
+  options, answers = PruneOptions(row_ids=ROW_IDS), ANSWERS[:, :3]
+  want, out = masked(config, batch_of(config), answers, prune=options)
+  got, state = in_segments(config, batch_of(config), answers, options)
+  assert state.caches[0].keys[0].dtype == jax.numpy.bfloat16
+  np.testing.assert_array_equal(state.pruning.state.module_keep,
+                                out.prune.module_keep)
+  assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
+
+
 def test_all_kept_is_the_plain_model():
   config = CONFIGS['adaptive']
   batch = batch_of(config)

@@ -16,7 +16,15 @@ from vlm_compress.cli import __main__ as cli
 from vlm_compress.config import AtpConfig
 from vlm_compress.decode.segmented import SegmentedModel
 from vlm_compress.eval import efficiency
-from vlm_compress.eval.benchmark import adaptive, inference, report, subjects, timing, training
+from vlm_compress.eval.benchmark import (
+  adaptive,
+  goals,
+  inference,
+  report,
+  subjects,
+  timing,
+  training,
+)
 from vlm_compress.models.llava import PruneOptions
 from vlm_compress.models.segments import capacity_ladder
 
@@ -205,6 +213,32 @@ def test_report_of_all_parts(subject, rows, tmp_path):
   assert 'tiny, float32, batch 2' in text and '| ATP 50 % |' in text
   assert 'regrouped, 2' in text and 'Training, float32, batch 1' in text
   assert all(p.read_bytes()[:4] == b'\x89PNG' for p in paths[1:])
+
+
+def test_goals_are_compared_with_what_was_measured():
+  def group(**changes):
+    values = {'full': (100.0, 10, 1.0), 'ATP 25 %': (40.0, 9, 0.36),
+              'VoCo 1': (90.0, 8, 0.9), 'VoCo 1, cached': (9.0, 8, 0.06),
+              'transformers, 576 tokens': (120.0, 99, 1.0)} | changes
+    return [{'method': name, 'prefill_ms': ms, 'peak_bytes': peak,
+             'flop_ratio': flops, 'time_over_flops': ms / 100.0 / flops,
+             'visual_tokens': 576.0} for name, (ms, peak, flops) in values.items()]
+  slow = group(**{'ATP 25 %': (45.0, 11, 0.36)})
+  lines = list(goals.table({'a': group(), 'b': slow, 'c': slow[:1]}))
+  assert [line[2] for line in lines] == [
+      '**1.11**', '**2.50**', '**10.00**', '0.060', '**0.90**', '**0.83**']
+  assert [line[3] for line in lines] == [
+      '1.25', '2.22', '**10.00**', '0.060', '1.10', '**0.83**']
+  assert all(line[4] == '–' for line in lines)
+  assert [line[1] for line in lines][:2] == ['≤ 1.15', '≥ 2.5']
+
+
+def test_what_a_cached_picture_saves_depends_on_the_text():
+  savings = [report.voco_savings(n) for n in (16, 32, 64)]
+  assert savings == sorted(savings, reverse=True)
+  # a layer's cost is nearly linear in its tokens
+  assert savings == pytest.approx(
+      [1 - (n - 2) / (576 + n) for n in (16, 32, 64)], abs=0.01)
 
 
 def test_command_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):

@@ -197,7 +197,7 @@ def _quickstart(args: argparse.Namespace, log: Log, tick: Callable[[str], Any]
                      for i in range(QUICKSTART_PICTURES)])
   encode = lambda count: extract_features(tower, pixels[:count])
   _inference(args, log, tick, lambda: subjects.small(
-      args.checkpoint, np.asarray(encode(QUICKSTART_PICTURES))), 'quickstart',
+      args.checkpoint, np.asarray(encode(QUICKSTART_PICTURES))), subjects.SMALL,
              config.dtype, encode)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from vlm_compress.atomic import replace, write_text
 from vlm_compress.config import VocoConfig
 from vlm_compress.eval import efficiency, report
+from vlm_compress.eval.benchmark import goals
+from vlm_compress.eval.benchmark.subjects import SMALL
 from vlm_compress.eval.figures import GREY, METHOD_COLOURS, style_axes
 from vlm_compress.eval.tables import quantity
 from vlm_compress.presets import preset
@@ -52,6 +54,11 @@ def markdown(found: Mapping[str, Any]) -> str:
   out = []
   for key, rows in _groups(found['inference']).items():
     out += [f'**{title(*key)}**', '', *_table(INFERENCE, map(_inference, rows)), '']
+  slices = {title(*key): rows for key, rows in _groups(found['inference']).items()
+            if key[0] != SMALL}
+  if slices:
+    out += ['**What was hoped for (bold: reached)**', '',
+            *_table((*goals.COLUMNS, *slices), goals.table(slices)), '']
   selectors = [row for row in found['inference'] if row['selector_ms'] > 0]
   if selectors:
     out += ['**Scores, thresholds and moving what is kept**', '',

@@ -25,6 +25,7 @@ from vlm_compress.presets import prune_after_for
 # As many as LLaVA-1.5's system text with a question of a line.
 NUM_TEXT, NUM_BEFORE = 64, 35
 BOS, NEWLINE, WORD = 1, 2, 3
+SMALL = 'quickstart'  # name of the subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def small(directory: Any, features: np.ndarray) -> Subject:
         target_tokens=float(config.num_visual_tokens)))
   fresh = random_params(config, np.random.default_rng(0), of_layers=False)
   params = {**fresh, **params}
-  return Subject('quickstart', config, SegmentedModel(config, params), features)
+  return Subject(SMALL, config, SegmentedModel(config, params), features)
 
 
 def random_params(config: LlavaConfig, rng: np.random.Generator,
