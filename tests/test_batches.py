@@ -44,17 +44,26 @@ def test_atp(pictures, regroup):
   got = answer_all(vlm, requests, batch_size=2, regroup=regroup,
                    max_new_tokens=4, slots=slots)
   same(got, one_by_one(vlm, requests, max_new_tokens=4))
+  programs = len(vlm.segmented.programs)
+  again = answer_all(vlm, requests, batch_size=2, regroup=regroup, max_new_tokens=4)
+  assert [a[:3] for a in again] == [g[:3] for g in got]
+  assert len(vlm.segmented.programs) == programs  # nothing new was compiled
   assert len({g.text for g in got}) > 2 and slots.waste > 1.0
   assert got[2].visual_tokens is None and got[0].visual_tokens[0] == 16
 
 
-def test_voco_mixes_compressed_and_fresh_pictures(pictures):
+def test_voco_mixes_compressed_and_fresh_pictures(pictures, monkeypatch):
   vlm = make(helpers.voco_config())
   packed = api.compress_image(vlm, pictures[0])
   requests = [Request(QUESTIONS[0], [packed]), Request(QUESTIONS[1], [pictures[1]]),
               Request(QUESTIONS[2], [pictures[2], packed]), Request(QUESTIONS[3]),
               Request(QUESTIONS[4], [packed]), Request(QUESTIONS[0], [pictures[0]])]
+  requests.append(Request(QUESTIONS[2], [pictures[1]]))
+  calls, compress = [], vlm.segmented.compress
+  monkeypatch.setattr(vlm.segmented, 'compress',
+                      lambda *args: calls.append(args) or compress(*args))
   got = answer_all(vlm, requests, batch_size=3, max_new_tokens=4)
+  assert len(calls) == 3  # each picture once
   same(got, one_by_one(vlm, requests, max_new_tokens=4))
   assert got[0][:3] == got[5][:3]
 

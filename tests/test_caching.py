@@ -327,6 +327,17 @@ def test_a_damaged_entry_is_refused_and_can_be_replaced(vlms, pictures, name, tm
   assert caching.cached_image(vlm, pictures[0], where)
 
 
+def test_a_truncated_file_is_refused_before_more_is_done(vlms, pictures, tmp_path):
+  vlm, path = vlms['voco'], tmp_path / 'one.safetensors'
+  caching.compress_to(vlm, pictures[0], path)
+  path.write_bytes(path.read_bytes()[:-8])
+  before = path.read_bytes()
+  with caching.VisionCache(path) as cache:
+    with pytest.raises(ConfigError, match='one.safetensors'):
+      caching.compress_to(vlm, pictures[1], cache)
+  assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize('which, arguments, error, words', [
     ('voco', {'prompt': 'a cat'}, ConfigError, ['prompt', 'VoCo']),
     ('voco', {'num_voco_tokens': 3}, ConfigError, ['1 to 2']),

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
+
+
+_ABANDONED = 3600  # seconds; nobody takes that long to write a file
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process writes `path`; the lock ends with a process."""
+  with open(path.with_name(f'{path.name}.lock'), 'ab') as stream:
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    yield
+
+
+def remove_abandoned(directory: pathlib.Path, suffix: str) -> None:
+  """Removes what killed writers of `replace` have left of files that end in
+  `suffix`; others may be writing now.
+  """
+  for path in directory.glob(f'.*{suffix}.*.tmp'):
+    with contextlib.suppress(FileNotFoundError):
+      if time.time() - path.stat().st_mtime > _ABANDONED:
+        path.unlink()
 
 
 @contextlib.contextmanager

@@ -17,10 +17,20 @@ from rich.progress import Progress
 from vlm_compress.api import Answer, Turn
 from vlm_compress.config import check
 from vlm_compress.decode import stream
+from vlm_compress.decode.identity import pixels_hash
 from vlm_compress.decode.prefilled import Prefilled, entering
 from vlm_compress.decode.regroup import Done, SlotCount, count_slots, prefill_regrouped
 from vlm_compress.models.inputs import CompressedImages
-from vlm_compress.vlm import Row, Vlm, padded, prefill, prepare
+from vlm_compress.vlm import (
+  CompressedImage,
+  KeptImage,
+  Row,
+  Vlm,
+  compress_image,
+  padded,
+  prefill,
+  prepare,
+)
 
 
 class Request(NamedTuple):
@@ -56,7 +66,9 @@ def answer_all(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
   check(batch_size >= 1, f'batch_size={batch_size}: at least 1')
   check(max_new_tokens >= 1, f'max_new_tokens={max_new_tokens}: at least 1')
   limit = vlm.config.text.max_position_embeddings
-  rows = [prepare(vlm, r.prompt, r.images, method, None) for r in requests]
+  ready: dict[tuple, CompressedImage] = {}
+  rows = [prepare(vlm, r.prompt, _compressed(vlm, r.images, method, ready),
+                  method, None) for r in requests]
   full = [i for i, row in enumerate(rows) if row.positions >= limit]
   check(not full, f'prompt number {full[:1]} takes all {limit} positions of '
         'text.max_position_embeddings; shorten it')
@@ -74,6 +86,23 @@ def answer_all(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
             visual_tokens=kept.visual_tokens)
       bar.update(task, advance=len(ids))
   return answers
+
+
+def _compressed(vlm: Vlm, images: Sequence[Any], method: str,
+                ready: dict[tuple, CompressedImage]) -> Sequence[Any]:
+  """With method voco, pictures compressed, the same one only once."""
+  if vlm.method(method) != 'voco' or not isinstance(images, (list, tuple)):
+    return images
+  counts = [i.num_voco_tokens for i in images if isinstance(i, CompressedImage)]
+  out = []
+  for image in images:
+    if not isinstance(image, (CompressedImage, KeptImage)):
+      key = pixels_hash(vlm.pixels(image)), *counts[:1]
+      if key not in ready:
+        ready[key] = compress_image(vlm, image, *counts[:1])
+      image = ready[key]
+    out.append(image)
+  return out
 
 
 def _read(vlm: Vlm, rows: Sequence[Row], batch_size: int, regroup: bool,

@@ -28,7 +28,7 @@ from vlm_compress.decode import identity as identity_lib
 from vlm_compress.decode.identity import Identity
 from vlm_compress.decode.vision_cache import Entry, VisionCache, stale
 from vlm_compress.models.inputs import CompressedImages, KeptTokens
-from vlm_compress.models.sequence import PREFIX, VISUAL
+from vlm_compress.models.sequence import PREFIX
 from vlm_compress.vlm import (
   CompressedImage,
   KeptImage,
@@ -36,6 +36,7 @@ from vlm_compress.vlm import (
   compress_image,
   keep_image,
   own_method,
+  placeholder_ids,
   voco_count,
 )
 
@@ -101,8 +102,7 @@ def layout_of(vlm: Vlm, num_voco_tokens: int | None = None,
   check(isinstance(prompt, str), 'what ATP keeps of a picture depends on the '
         f'question: give a prompt, not {prompt!r}')
   row = prompt_row(prompt, 1, vlm.tokenizer, config, vlm.template())
-  return tuple(np.where(row['token_types'] == VISUAL, config.image_token_index,
-                        row['input_ids']).tolist())
+  return placeholder_ids(vlm, row)
 
 
 def identity_of(vlm: Vlm, image: Any, num_voco_tokens: int | None = None,

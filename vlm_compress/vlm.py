@@ -39,7 +39,7 @@ from vlm_compress.models.sequence import (
 
 METHODS = ('auto', 'full', 'voco', 'atp')
 _LENGTH_STEP = 64  # tokens
-_PICTURES_KEPT = 8  # of whose features a Vlm keeps hold
+_PICTURES_KEPT = 64  # of whose features a Vlm keeps hold
 
 
 def own_method(config: LlavaConfig) -> str:
@@ -234,7 +234,7 @@ def keep_image(vlm: Vlm, image: Any, prompt: str) -> KeptImage:
   state = vlm.segmented.prefill(row.batch, row.prune)
   fields = {name: getattr(row.batch, name)[0] for name in ROW_FIELDS}
   end = _image_end(fields)
-  return KeptImage(vlm, prompt, _ids(vlm, fields, end),
+  return KeptImage(vlm, prompt, placeholder_ids(vlm, fields, end),
                    vlm.segmented.keep(state, row.size - end),
                    entering(vlm.config, state.pruning).sum((1, 2)))
 
@@ -243,7 +243,9 @@ def _image_end(row: dict[str, np.ndarray]) -> int:
   return int(np.flatnonzero(row['token_types'] == VISUAL)[-1]) + 1
 
 
-def _ids(vlm: Vlm, row: dict[str, np.ndarray], end: int) -> tuple[int, ...]:
+def placeholder_ids(vlm: Vlm, row: dict[str, np.ndarray],
+                    end: int | None = None) -> tuple[int, ...]:
+  """Token ids of a row, or of its first, with a placeholder per visual token."""
   visual = row['token_types'][:end] == VISUAL
   ids = np.where(visual, vlm.config.image_token_index, row['input_ids'][:end])
   return tuple(ids.tolist())
@@ -309,7 +311,7 @@ def _kept_row(vlm: Vlm, row: dict[str, np.ndarray], image: KeptImage,
               no_features: np.ndarray) -> Row:
   """The text behind an image that was pruned before."""
   end, size = _image_end(row), len(row['input_ids'])
-  check(_ids(vlm, row, end) == image.prefix_ids, 'the prompt has other text '
+  check(placeholder_ids(vlm, row, end) == image.prefix_ids, 'the prompt has other text '
         'in front of the image than the prompt that it was kept for')
   check(end < size, 'no text follows the image')
   text = {name: values[end:] for name, values in row.items()}

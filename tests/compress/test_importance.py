@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_compress.compress.importance import cross_queries, normalise, received_attention
+from vlm_compress.nn import attention as attention_lib
 from vlm_compress.nn.attention import attention_and_lse
 from vlm_compress.nn.masks import Causal, causal_mask
 
@@ -83,18 +84,47 @@ def test_equals_the_definition(soft, block_size):
   assert want[0].max() > 0.05 and want[1].max() > 0.05
   for given in (inputs, _saved(inputs)):
     got = np.stack(_scores(given, block_size))
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('max_groups', [1, 8])
 @pytest.mark.parametrize('block_size', [4, 5, 21, 256])
-def test_a_mask_that_nobody_stores(block_size):
-  """Blocks of a causal mask leave out the keys behind them."""
+def test_a_mask_that_nobody_stores(block_size, max_groups, monkeypatch):
+  """Blocks of a causal mask leave out the keys behind them; few groups of
+  blocks are what long rows have.
+  """
+  monkeypatch.setattr(attention_lib, 'MAX_GROUPS', max_groups)
+  _scores.clear_cache()
   inputs = _saved(_inputs())
   causal = {**inputs, 'mask': Causal(inputs['mask'][:, -1])}
   np.testing.assert_array_equal(np.asarray(causal['mask'].dense(T)),
                                 inputs['mask'])
   np.testing.assert_allclose(np.stack(_scores(causal, block_size)),
-                             _by_definition(**_inputs()), rtol=1e-5, atol=1e-6)
+                             _by_definition(**_inputs()), rtol=0, atol=1e-6)
+
+
+def test_a_row_with_576_visual_tokens():
+  """Blocks against the formula at once, in float64."""
+  rng = np.random.default_rng(0)
+  length, heads, size = 640, 2, 16
+  q, k = (rng.standard_normal((1, length, heads, size), np.float32) for _ in 'qk')
+  valid = np.ones((1, length), bool)
+  valid[0, -7:] = False
+  ids = np.where((np.arange(length) >= 35) & (np.arange(length) < 611), 1, 0)[None]
+  visual = (ids == 1).astype(np.float32)
+  prompt = ((np.arange(length) >= 611) & valid[0])[None].astype(np.float32)
+  got = np.stack(jax.jit(received_attention)(
+      q, k, None, Causal(valid), None, ids, visual, prompt))
+  logits = np.einsum('tnh,snh->nts', np.float64(q[0]), k[0]) / size ** 0.5
+  mask = np.tril(np.ones((length, length), bool)) & valid[0]
+  probs = np.where(mask, np.exp(logits), 0.0)
+  probs = (probs / probs.sum(-1, keepdims=True)).mean(0)
+  same_image = ids[0][:, None] == ids[0]
+  for score, weight in zip(got, (visual[0][:, None] * same_image,
+                                 prompt[0][:, None])):
+    want = (probs * weight).sum(0) / np.maximum((mask * weight).sum(0), 1e-6)
+    np.testing.assert_allclose(score[0], want, rtol=0, atol=1e-6)
+  assert got[0].max() > 0.01
 
 
 def test_the_saved_log_sum_exp_is_used():

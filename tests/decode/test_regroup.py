@@ -123,6 +123,53 @@ def test_slots_are_counted():
   assert count.waste == pytest.approx(72 / 39)
 
 
+def test_rows_of_every_kind():
+  """Two images, one, none; padded in front; one long question among short."""
+  config = helpers.atp_config(capacities=(1, 2, 4, 8))
+  model = _model(config)
+  rng = np.random.default_rng(5)
+  words = lambda count: rng.integers(6, 90, count).tolist()
+  ids = [(BOS, 7, IMAGE, *words(30)), (BOS, IMAGE, 6, IMAGE, *words(4)),
+         (BOS, *words(5)), (BOS, IMAGE, *words(3)), (BOS, IMAGE, *words(2)),
+         (BOS, *words(3), IMAGE, IMAGE, 6), (BOS, IMAGE, *words(1)), (BOS, 9)]
+  samples = [Sample(x, seed=i) for i, x in enumerate(ids)]
+  queue = [([i, i + 1], helpers.batch(samples[i:i + 2], config, length=56,
+                                      num_images=2, pad_left=i % 4 == 2))
+           for i in range(0, 8, 2)]
+  got, count = {}, SlotCount()
+  for names, state in prefill_regrouped(model, queue, PruneOptions(), STEPS, count):
+    got.update(zip(names, decode(model, state, ANSWERS[names])))
+  assert sorted(got) == list(range(8))
+  alone = SlotCount()
+  for i, sample in enumerate(samples):
+    state = model.prefill(helpers.batch([sample], config, length=56, num_images=2),
+                          PruneOptions(), STEPS)
+    alone.merge(count_slots(model, state))
+    helpers.close(got[i], decode(model, state, ANSWERS[i:i + 1])[0])
+  # the long question is nobody else's burden, but for the batch it is in
+  assert count.tokens == alone.tokens and count.slots < 1.25 * alone.slots
+
+
+def test_bad_queues_are_refused():
+  config = CONFIGS['adaptive']
+  model = _model(config)
+  run = lambda *queue, **options: list(prefill_regrouped(
+      model, queue, PruneOptions(**options)))
+  batch = batch_of(prompts(config)[:2], config)
+  assert run() == []
+  for ids in ([], [1, 2, 3]):
+    with pytest.raises(ConfigError, match='2 rows has . numbers'):
+      run((ids, batch))
+  # what `prefill` refuses
+  ends = batch_of([Sample((BOS, 6, IMAGE))], config)
+  with pytest.raises(ConfigError, match='ends in an image'):
+    run(([0], ends))
+  with pytest.raises(ConfigError, match='hard=False'):
+    run(([0, 1], batch), hard=False)
+  with pytest.raises(ConfigError, match='turn_ids'):
+    run(([0, 1], batch.replace(turn_ids=batch.turn_ids + 1)))
+
+
 def test_one_shape_per_queue():
   config = CONFIGS['first']
   model = SegmentedModel(config, helpers.build(config)[1])

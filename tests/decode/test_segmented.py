@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from core_helpers import BOS, IMAGE, Sample, segment
 
+from vlm_compress import sharding
 from vlm_compress.config import ConfigError
 from vlm_compress.decode.prefilled import entering, text_slots
 from vlm_compress.decode.segmented import SegmentedModel
@@ -255,18 +256,42 @@ def test_nothing_is_compiled_for_200_different_images():
   assert compilations.count > 0  # the counter counts
 
 
+@pytest.mark.parametrize('text', [5, 13])
+def test_compiling_ahead_on_a_mesh(text):
+  """Any number of text tokens; what is computed on a mesh lies there."""
+  config = helpers.atp_config(capacities=(4,))
+  mesh = sharding.make_mesh(2, 2, 2)
+  params = jax.device_put(helpers.build(config)[1], sharding.replicated(mesh))
+  model = SegmentedModel(config, params)
+  length = 16 + text
+  count = model.compile_ahead(batch_size=2, length=length, text=text, room=2)
+  row = Sample((BOS, IMAGE, *range(6, 6 + text - 1)))
+  batch = helpers.batch([row, row], config, length=length, num_images=1)
+  state = model.prefill(batch, PruneOptions(), 2)
+  got = model.extend(ANSWERS[:2, 0], state)
+  assert len(model.programs) == count
+  alone = segmented(config)
+  state = alone.prefill(batch, PruneOptions(), 2)
+  helpers.close(got, alone.extend(ANSWERS[:2, 0], state))
+
+
 def test_what_cannot_be_is_refused():
   config = CONFIGS['adaptive']
   model, batch = segmented(config), batch_of(config)
-  with pytest.raises(ConfigError, match='hard masks'):
+  with pytest.raises(ConfigError, match='hard=False'):
     model.prefill(batch, PruneOptions(hard=False))
-  with pytest.raises(ConfigError, match='config with atp'):
+  with pytest.raises(ConfigError, match='config.atp is None'):
     segmented(helpers.tiny()).prefill(batch, PruneOptions())
+  with pytest.raises(ConfigError, match='pruned=True'):
+    segmented(helpers.tiny()).compile_ahead(1, 32, 8, 0)
   ends = helpers.batch([Sample((BOS, 6, IMAGE))], config, length=24, num_images=1)
   with pytest.raises(ConfigError, match='ends in an image'):
     model.prefill(ends, PruneOptions())
-  with pytest.raises(ConfigError, match='no turns'):
-    model.prefill(batch.replace(turn_ids=batch.turn_ids + 1), None)
+  turns = batch.replace(turn_ids=batch.turn_ids + 1)
+  for run in (lambda: model.prefill(turns, None),
+              lambda: model.read_behind(turns, [])):
+    with pytest.raises(ConfigError, match='turn_ids'):
+      run()
   state = model.prefill(batch, None)
   with pytest.raises(ConfigError, match='room for 0 new tokens'):
     model.extend(ANSWERS[:, 0], state)

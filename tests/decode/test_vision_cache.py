@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -213,6 +214,13 @@ def test_two_writers_lose_nothing_and_a_killed_one_leaves_nothing(start, tmp_pat
   assert len([*path.parent.glob('.*.tmp')]) == 1  # so it was killed in between
   put(path, voco_entry(3))  # its lock ended with it
   assert not [*path.parent.glob('.*.tmp')]
+  # a directory has no lock: what looks abandoned goes, what is young may live
+  left, = folder.iterdir()
+  put(folder, voco_entry(3))
+  assert left.exists()
+  os.utime(left, (0, 0))
+  put(folder, voco_entry(4))
+  assert not left.exists() and len([*folder.iterdir()]) == 2
   send(*writers)
   assert [child.wait(timeout=60) for child in writers] == [0, 0]
   for name in NAMES:

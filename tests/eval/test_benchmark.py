@@ -13,6 +13,7 @@ import pytest
 
 from vlm_compress import presets
 from vlm_compress.cli import __main__ as cli
+from vlm_compress.cli import benchmark
 from vlm_compress.config import AtpConfig
 from vlm_compress.decode.segmented import SegmentedModel
 from vlm_compress.eval import efficiency
@@ -231,6 +232,15 @@ def test_goals_are_compared_with_what_was_measured():
       '1.25', '2.22', '**10.00**', '0.060', '1.10', '**0.83**']
   assert all(line[4] == '–' for line in lines)
   assert [line[1] for line in lines][:2] == ['≤ 1.15', '≥ 2.5']
+
+
+def test_goals_name_methods_that_are_measured(subject):
+  # a quarter is below the floor of this one
+  names = {case.method for case in inference.cases(
+      subject, 1, (0.5,), benchmark.VOCO_TOKENS)}
+  assert {goals.FULL, goals.PRUNED.replace('25', '50'), goals.COMPRESSED,
+          goals.CACHED} <= names
+  assert '25' in goals.PRUNED and 0.25 in benchmark.SHARES
 
 
 def test_what_a_cached_picture_saves_depends_on_the_text():

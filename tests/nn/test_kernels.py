@@ -17,6 +17,7 @@ import pytest
 
 from vlm_compress import sharding
 from vlm_compress.config import ConfigError
+from vlm_compress.nn import attention as attention_lib
 from vlm_compress.nn import kernels
 from vlm_compress.nn.attention import attention, attention_and_lse
 from vlm_compress.nn.masks import Causal
@@ -92,6 +93,21 @@ def test_output_and_lse_by_hand(name, case):
   if name != 'dense':
     assert (np.asarray(out)[~sees] == 0).all()
     assert (np.asarray(lse)[~sees] == np.float32(kernels.MASK_VALUE)).all()
+
+
+@pytest.mark.parametrize('case', ['two blocks', 'one key head, rows differ',
+                                  'large blocks'])
+def test_groups_of_several_blocks(case, monkeypatch):
+  """As behind 1,024 tokens, where a group is a loop over its blocks."""
+  monkeypatch.setattr(attention_lib, 'MAX_GROUPS', 1)
+  monkeypatch.setattr(attention_lib, 'BLOCK', 48)
+  q, k, v, valid = _inputs(*CASES[case])
+  assert q.shape[1] > 2 * 48
+  want, want_lse, mask = _by_hand(q, k, v, valid)
+  out, lse = jax.jit(lambda *x: _run('dense', *x, valid))(q, k, v)
+  sees = mask.any(-1)
+  np.testing.assert_allclose(out[sees], want[sees], atol=1e-5)
+  np.testing.assert_allclose(lse[sees], want_lse[sees], atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['dense', 'jax', 'splash'])
@@ -297,6 +313,7 @@ FOR_A_TPU = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from vlm_compress import sharding
+from vlm_compress.nn import attention as attention_lib
 from vlm_compress.nn import kernels
 
 devices = list(topologies.get_topology_desc(

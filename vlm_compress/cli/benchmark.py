@@ -87,13 +87,15 @@ class Log:
     if path.exists():
       try:
         before = json.loads(path.read_text(encoding='utf-8'))
-        assert set(before) == set(self.found)
-      except (ValueError, AssertionError, TypeError) as error:
+        was = dict(before['setting'])
+        if set(before) != set(self.found):
+          raise ValueError(f'it has {sorted(before)}')
+      except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f'{path} is no result of this command; name another '
                           '--out or delete it') from error
-      other = {name: (before['setting'].get(name), value)
-               for name, value in setting.items()
-               if before['setting'].get(name) != value}
+      other = {name: (was.get(name), setting.get(name))
+               for name in sorted({*was, *setting})
+               if was.get(name) != setting.get(name)}
       check(not other, f'{path} was measured in another setting (then, now: '
             f'{other}); name another --out')
       self.found = before
@@ -124,10 +126,19 @@ def _setting(args: argparse.Namespace) -> dict[str, Any]:
   outside = {} if args.no_torch else {
       name: importlib.metadata.version(name) for name in ('torch', 'transformers')
       if importlib.util.find_spec(name)}
-  return {'vlm_compress': __version__, 'python': platform.python_version(),
+  return {'vlm_compress': __version__, 'code': _code_hash(), 'python': platform.python_version(),
           'jax': jax.__version__, 'backend': jax.default_backend(),
           'cores': os.cpu_count(), 'cpu': _cpu(), 'repeats': args.repeats,
           'checkpoint': digest[:16], **outside}
+
+
+def _code_hash() -> str:
+  """Of all sources of the package: times of two of them are not compared."""
+  digest = hashlib.sha256()
+  root = pathlib.Path(__file__).parents[1]
+  for path in sorted(root.rglob('*.py')):
+    digest.update(f'{path.relative_to(root)}\n'.encode() + path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def _cpu() -> str:

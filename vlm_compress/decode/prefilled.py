@@ -48,7 +48,12 @@ def entering(config: LlavaConfig, pruning: Pruning) -> np.ndarray:
                    for n in passed])
 
 
-def text_slots(batch: Batch, step: int = TEXT_STEP) -> int:
-  """Slots for what is not visual in the fullest row, a multiple of `step`."""
-  text = batch.valid & (batch.token_types != VISUAL)
-  return -(-int(np.max(np.sum(text, axis=1))) // step) * step
+def row_text_slots(batch: Batch) -> np.ndarray:
+  """int[B], slots for what is not visual in each row, multiples of TEXT_STEP."""
+  text = np.sum(batch.valid & (batch.token_types != VISUAL), axis=1)
+  return -(-text // TEXT_STEP) * TEXT_STEP
+
+
+def text_slots(batch: Batch) -> int:
+  """`row_text_slots` of the fullest row."""
+  return int(np.max(row_text_slots(batch)))

@@ -43,7 +43,11 @@ class Programs:
     if key not in self._compiled:
       self._compiled[key] = self._compile(program, (*params, *args), donate)
     if self.only_compiling:
-      return jax.eval_shape(program, *params, *args)
+      shapes = jax.eval_shape(program, *params, *args)
+      # What is computed on a mesh lies there when the next program gets it.
+      return shapes if self.out is None else jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.out),
+          shapes)
     return self._compiled[key](*params, *args)
 
   def _compile(self, program: Callable, args: tuple, donate: Sequence[int]

@@ -5,8 +5,8 @@ prompts wait, rows that kept about as much can go on together: behind every
 module a row waits in the bin of its rung until there are enough for a batch.
 At the end of the queue what is left goes together from the fullest down.
 
-A row's result does not depend on its batch, so this changes no answer.  Rows
-that wait hold on to the states of the batches that they come from.
+A row's result does not depend on its batch, so this changes no answer.  A row
+that waits is a copy of its own: the batch that it comes from is let go.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_compress.config import check
-from vlm_compress.decode.prefilled import Prefilled, text_slots
+from vlm_compress.decode.prefilled import Prefilled, row_text_slots
 from vlm_compress.decode.segmented import SegmentedModel
 from vlm_compress.models import segments as seg
 from vlm_compress.models.inputs import PruneOptions
@@ -62,9 +62,11 @@ class SlotCount:
 
 
 class _Row(NamedTuple):
-  """A prompt between two segments, as row `index` of what a batch left."""
+  """A prompt between two segments, a batch of one: `count` of its slots hold a
+  token, `text` are set aside for what is not visual.
+  """
   id: int
-  index: int
+  text: int
   tokens: Tokens
   pruning: Pruning
   count: int
@@ -72,9 +74,8 @@ class _Row(NamedTuple):
 
 
 class _Passed(NamedTuple):
-  """A segment that a prompt has passed, as row `index` of a batch."""
+  """What a segment that a prompt has passed leaves of it."""
   cache: SegmentCache
-  index: int
   slots: int
   count: int
 
@@ -97,7 +98,8 @@ def prefill_regrouped(model: SegmentedModel,
     Prompts as they are done, not in the order of the queue.
 
   Raises:
-    ConfigError: batches of several shapes.
+    ConfigError: batches of several shapes, one without numbers, or prompts
+      that SegmentedModel.prefill refuses.
   """
   line = _Line(model, room, SlotCount() if count is None else count)
   shape = None
@@ -105,18 +107,14 @@ def prefill_regrouped(model: SegmentedModel,
     seen = (batch.input_ids.shape, batch.features.shape)
     check(shape in (None, seen), f'a queue has batches of shapes {shape} and '
           f'{seen}; pad them to one')
+    check(0 < len(ids) <= len(batch.input_ids), f'a batch of '
+          f'{len(batch.input_ids)} rows has {len(ids)} numbers; give one for '
+          'each row, fillers behind them apart')
     shape = seen
     fillers = [ids[-1]] * (len(batch.input_ids) - len(ids))
     some = options if options.row_ids is None else options.replace(
         row_ids=np.asarray(options.row_ids)[ids + fillers])
-    tokens, pruning, counts = model.start(batch, some)
-    line.shape(batch)
-    if counts is not None:
-      line.arrive(0, ids, tokens, pruning, counts, [()] * len(ids))
-    else:
-      yield from line.run(0, tokens, pruning, ids, [()] * len(ids), np.sum(
-          batch.valid, axis=1))
-    yield from line.full_bins()
+    yield from line.enter(ids, batch, some)
   yield from line.rest()
 
 
@@ -128,22 +126,38 @@ class _Line:
     self.bounds = model.bounds(True)
     self.bins: list[dict[int, list[_Row]]] = [
         collections.defaultdict(list) for _ in self.bounds]
-    self.batch_size = self.text = self.num_images = 0
+    self.batch_size = self.num_images = 0
 
-  def shape(self, batch: Batch) -> None:
-    """Takes the shape of the queue's batches, and rungs from the first."""
-    self.batch_size = len(batch.input_ids)
-    self.num_images = batch.features.shape[1]
-    self.text = self.text or text_slots(batch)
+  def enter(self, ids: list[int], batch: Batch, options: PruneOptions
+            ) -> Iterator[Done]:
+    """Takes a batch of the queue as far as there are enough rows."""
+    self.batch_size, self.num_images = len(batch.input_ids), batch.features.shape[1]
+    tokens, pruning, counts = self.model.start(batch, options)
+    texts = row_text_slots(batch)[:len(ids)].tolist()
+    if counts is not None:
+      self.arrive(0, ids, texts, tokens, pruning, counts, [()] * len(ids))
+    else:
+      yield from self.run(0, tokens, pruning, ids, texts, [()] * len(ids),
+                          np.sum(batch.valid, axis=1))
+    yield from self.full_bins()
 
-  def arrive(self, index: int, ids: list[int], tokens: Tokens,
-             pruning: Pruning, counts: Any, behind: list[tuple]) -> None:
+  def arrive(self, index: int, ids: list[int], texts: list[int],
+             tokens: Tokens, pruning: Pruning, counts: Any,
+             behind: list[tuple]) -> None:
     """Rows of a batch go to the bins in front of segment `index`."""
-    sizes = self.model.sizes(tokens.valid.shape[1], self.text, self.num_images)
-    for i, (name, count) in enumerate(zip(ids, np.asarray(counts).tolist())):
+    for i, (name, text, count) in enumerate(zip(
+        ids, texts, np.asarray(counts).tolist())):
+      sizes = self.model.sizes(tokens.valid.shape[1], text, self.num_images)
       size = next(s for s in sizes if s >= count)
-      self.bins[index][size].append(
-          _Row(name, i, tokens, pruning, count, behind[i]))
+      taken = self.take(tokens, pruning, i, size)
+      self.bins[index][size].append(_Row(name, text, *taken, count, behind[i]))
+
+  def take(self, tokens: Tokens, pruning: Pruning, index: int, slots: int
+           ) -> tuple[Tokens, Pruning]:
+    """A row of a batch, with so many slots."""
+    return self.model.programs.call(
+        ('take', slots), lambda t, p, i: seg.take_row(t, p, i, slots), (),
+        tokens, pruning, np.int32(index))
 
   def full_bins(self) -> Iterator[Done]:
     """Runs every bin that has enough rows for a batch."""
@@ -160,53 +174,61 @@ class _Line:
       left = [(size, row) for size in sorted(bins, reverse=True)
               for row in bins[size]]
       bins.clear()
-      for first in range(0, len(left), self.batch_size):
-        part = left[first:first + self.batch_size]
+      while left:
+        part, left = left[:self.batch_size], left[self.batch_size:]
         yield from self.go(index, part[0][0], [row for _, row in part])
 
   def go(self, index: int, slots: int, rows: list[_Row]) -> Iterator[Done]:
     """Makes a batch of rows and runs segment `index` on it."""
     filled = rows + [rows[-1]] * (self.batch_size - len(rows))
-    call = self.model.programs.call
-    taken = [call(('take', slots), lambda t, p, i: seg.take_row(t, p, i, slots),
-                  (), row.tokens, row.pruning, np.int32(row.index))
-             for row in filled]
-    tokens, pruning = call(('stack',), seg.stack_rows, (), taken)
+    same = [(row.tokens, row.pruning) if row.tokens.valid.shape[1] == slots else
+            self.take(row.tokens, row.pruning, 0, slots) for row in filled]
+    tokens, pruning = self.model.programs.call(('stack',), seg.stack_rows, (),
+                                               same)
     yield from self.run(index, tokens, pruning, [row.id for row in rows],
-                        [row.behind for row in rows],
+                        [row.text for row in rows], [row.behind for row in rows],
                         np.asarray([row.count for row in rows]))
 
   def run(self, index: int, tokens: Tokens, pruning: Pruning, ids: list[int],
-          behind: list[tuple], counts: np.ndarray) -> Iterator[Done]:
+          texts: list[int], behind: list[tuple], counts: np.ndarray
+          ) -> Iterator[Done]:
     """Runs segment `index`; its rows go to the next bins, or are done."""
     first, last = self.bounds[index]
     slots = tokens.valid.shape[1]
     self.count.add(last - first, slots, self.batch_size,
                    int(counts[:len(ids)].sum()))
     ran = self.model.run(index, tokens, pruning, self.room)
-    behind = [before + (_Passed(ran.cache, i, slots, int(counts[i])),)
+    if ran.tokens is None:
+      yield Done(ids, self._together(ran, pruning, behind, counts))
+      return
+    behind = [before + (_Passed(self._row_cache(ran.cache, i, slots), slots,
+                                int(counts[i])),)
               for i, before in enumerate(behind)]
-    if ran.tokens is not None:
-      self.arrive(index + 1, ids, ran.tokens, ran.pruning, ran.counts, behind)
-    else:
-      yield Done(ids, self._together(ran, pruning, behind))
+    self.arrive(index + 1, ids, texts, ran.tokens, ran.pruning, ran.counts, behind)
 
-  def _together(self, ran: Ran, pruning: Pruning, behind: list[tuple]
-                ) -> Prefilled:
+  def _row_cache(self, cache: SegmentCache, index: int, slots: int
+                 ) -> SegmentCache:
+    size = slots + self.room
+    return self.model.programs.call(
+        ('take cache', size), lambda c, i: seg.take_cache(c, i, size), (), cache,
+        np.int32(index))
+
+  def _together(self, ran: Ran, pruning: Pruning, behind: list[tuple],
+                counts: np.ndarray) -> Prefilled:
     """Brings a batch's rows of all segments together."""
     behind = behind + [behind[-1]] * (self.batch_size - len(behind))
-    call, caches, slots = self.model.programs.call, [], []
-    for passed in list(zip(*behind))[:-1]:
+    caches, slots, all_counts = [], [], []
+    for passed in zip(*behind):
       slots.append(max(p.slots for p in passed))
-      size = slots[-1] + self.room
-      rows = [call(('take cache', size),
-                   lambda cache, i, size=size: seg.take_cache(cache, i, size),
-                   (), p.cache, np.int32(p.index)) for p in passed]
-      caches.append(call(('stack cache',), seg.stack, (), rows))
+      rows = [p.cache if p.slots == slots[-1] else
+              self._row_cache(p.cache, 0, slots[-1]) for p in passed]
+      caches.append(self.model.programs.call(('stack cache',), seg.stack, (), rows))
+      all_counts.append(np.asarray([p.count for p in passed]))
     slots.append(ran.cache.readable.shape[1] - self.room)
-    counts = [np.asarray([p.count for p in passed]) for passed in zip(*behind)]
+    # fillers are the last row once more
+    all_counts.append(np.pad(counts, (0, self.batch_size - len(counts)), 'edge'))
     return Prefilled(ran.logits, ran.positions, [*caches, ran.cache], slots,
-                     counts, self.room, pruning=pruning)
+                     all_counts, self.room, pruning=pruning)
 
 
 def count_slots(model: SegmentedModel, state: Prefilled,

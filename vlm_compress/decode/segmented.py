@@ -82,12 +82,6 @@ class SegmentedModel:
       ConfigError: soft masks, modules that the model has not, turns, or a row
         that ends in an image.
     """
-    check(options is None or self.config.atp is not None and options.hard,
-          'pruning in segments needs a config with atp, and hard masks')
-    check(not np.any(batch.turn_ids), 'prompts have no turns')
-    ends = batch.token_types[np.arange(len(batch.valid)), _last(batch.valid)]
-    check(options is None or not np.any(ends == VISUAL), 'a prompt ends in an '
-          'image, whose last token may be pruned; let text follow')
     num_images = batch.features.shape[1]
     fit = functools.partial(self.fit, text=text_slots(batch),
                             num_images=num_images)
@@ -146,7 +140,11 @@ class SegmentedModel:
       prefixes: of the only segment, or of each of the segments of a pruned
         model, whose layers then read what earlier prompts had kept.
       room: tokens that can be added later.
+
+    Raises:
+      ConfigError: turns.
     """
+    _check_turns(text)
     bounds = self.bounds(len(prefixes) > 1)
     text = text.replace(features=text.features[:, :0],
                         image_valid=text.image_valid[:, :0])
@@ -213,7 +211,7 @@ class SegmentedModel:
     return x
 
   def _extend(self, index: int, pruned: bool, *args: Any) -> Any:
-    """Segment number `index` of `extend`; see seg.extend."""
+    """Segment number `index` of `extend`; see seg.extend_segment."""
     first, last = self.bounds(pruned)[index]
     program = functools.partial(seg.extend_segment, self.config, (
         index == 0, last == self.config.text.num_hidden_layers))
@@ -227,19 +225,25 @@ class SegmentedModel:
 
     Args:
       batch_size: rows; length: their slots, T.
-      text: see `text_slots`, and its multiples of TEXT_STEP up to it.
+      text: text tokens of the longest prompt; there are programs for all
+        shorter ones, too.
       room: as for prefill.
       num_images: images per row.
       pruned: with modules, or the plain model.
 
     Returns:
       How many programs there are now.
+
+    Raises:
+      ConfigError: pruned, and the model has no modules.
     """
+    check(not pruned or self.config.atp is not None, 'pruned=True for a model '
+          'without modules (config.atp is None)')
     batch = jax.eval_shape(lambda: example_batch(
         self.config, batch_size, num_images,
         length - num_images * self.config.num_visual_tokens))
     options = PruneOptions(threshold_shift=0.0) if pruned else None
-    texts = range(TEXT_STEP, text + 1, TEXT_STEP)
+    texts = range(TEXT_STEP, text + TEXT_STEP, TEXT_STEP)
 
     def all_cuts(some: dict[int, Tokens]) -> dict[int, Tokens]:
       out = {}
@@ -250,14 +254,16 @@ class SegmentedModel:
 
     self.programs.only_compiling = True
     try:
-      tokens, pruning, counts = self.start(batch, options)
+      tokens, pruning, counts = self._start(batch, options)
       rows = {length: tokens} if counts is None else all_cuts({length: tokens})
       token = x = jax.ShapeDtypeStruct((batch_size,), np.int32)
+      position = jax.ShapeDtypeStruct((batch_size,), np.int32,
+                                      sharding=self.programs.out)
       for index in range(len(self.bounds(pruned))):
         ran = {slots: self.run(index, rows[slots], pruning, room)
                for slots in rows}
         if room > 0:
-          x = [self._extend(index, pruned, x, r.cache, token, np.int32(0))
+          x = [self._extend(index, pruned, x, r.cache, position, np.int32(0))
                for r in ran.values()][0][0]
         one = next(iter(ran.values()))
         if one.tokens is not None:
@@ -277,7 +283,22 @@ class SegmentedModel:
             ) -> tuple[Tokens, Pruning | None, jax.Array | None]:
     """Embedded rows, modules in their first state, and how many tokens stay
     where a module stands in front of all layers (else None).
+
+    Raises:
+      ConfigError: see `prefill`.
     """
+    check(options is None or self.config.atp is not None, 'pruning options for '
+          'a model without modules (config.atp is None); leave them out')
+    check(options is None or options.hard, 'PruneOptions.hard=False: soft masks '
+          'are for training; rows can only be shortened by hard ones')
+    _check_turns(batch)
+    ends = batch.token_types[np.arange(len(batch.valid)), _last(batch.valid)]
+    check(options is None or not np.any(ends == VISUAL), 'a prompt ends in an '
+          'image, whose last token may be pruned; let text follow')
+    return self._start(batch, options)
+
+  def _start(self, batch: Batch, options: PruneOptions | None
+             ) -> tuple[Tokens, Pruning | None, jax.Array | None]:
     first = options is not None and self.config.atp.prune_after[0] == 0
 
     def program(rest, batch, options):
@@ -330,6 +351,11 @@ class SegmentedModel:
     return self.programs.call(
         ('run', first, last, room), program,
         (self.layers[first:last], self.rest), tokens, pruning)
+
+
+def _check_turns(batch: Batch) -> None:
+  check(not np.any(batch.turn_ids), 'Batch.turn_ids: a prompt has no turns that '
+        'do not see each other; give each of them as a prompt')
 
 
 def _last(valid: np.ndarray) -> np.ndarray:

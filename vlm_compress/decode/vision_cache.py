@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -143,11 +142,17 @@ class VisionCache:
     Args:
       entry: what to write.
       replace: also where there is one of the same key.
+
+    Raises:
+      ConfigError: the file that it would go to is damaged.
     """
     if not self.is_file:
       self.path.mkdir(parents=True, exist_ok=True)
+      atomic.remove_abandoned(self.path, SUFFIX)
       _write(self.where(entry.identity), [entry])
       return
+    if self.path.exists():
+      self._header()  # a damaged file is refused before more is done for it
     key = entry.identity.key
     self._waiting[key] = entry
     self._replacing |= {key} if replace else set()
@@ -161,7 +166,7 @@ class VisionCache:
     if not self._waiting:
       return
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(self.path):
+    with atomic.lock(self.path):
       for dead in self.path.parent.glob(f'.{self.path.name}.*.tmp'):
         dead.unlink(missing_ok=True)  # who has the lock is the only writer
       old = read_header(self.path) if self.path.exists() else None
@@ -185,14 +190,6 @@ def stale(path: pathlib.Path, found: str, wanted: str) -> str:
   return (f'{path}: weights: this picture was compressed with other weights, '
           f'fingerprint {found[:16]}, than this model has, {wanted[:16]}; '
           'compress it with this model: vlm-compress compress')
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-  """Waits until no other process writes `path`; the lock ends with a process."""
-  with open(path.with_name(f'{path.name}.lock'), 'ab') as stream:
-    fcntl.flock(stream, fcntl.LOCK_EX)
-    yield
 
 
 # ------------------------------------------------------------------- writing

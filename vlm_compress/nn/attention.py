@@ -114,23 +114,27 @@ def _causal_blocks(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array
     start, stop = first * BLOCK, min(last * BLOCK, T)
     keys = S - T + stop
     parts.append(_queries_in_blocks(
-        q[:, start:stop], k[:, :keys], v[:, :keys],
-        Causal(valid[:, :keys]).dense(stop - start)))
+        q[:, start:stop], k[:, :keys], v[:, :keys], valid[:, :keys]))
   return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts))
 
 
 def _queries_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array,
-                       mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`_dense`, one block of queries after the other."""
+                       valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Causal `_dense`, one block of queries after the other; the last queries
+  are those of the last keys.
+  """
   B, T = q.shape[:2]
+  S = k.shape[1]
   if T <= BLOCK:
-    return _dense(q, k, v, mask)
+    return _dense(q, k, v, Causal(valid).dense(T))
+  padded = jnp.pad(q, ((0, 0), (0, -T % BLOCK), (0, 0), (0, 0)))
+  blocks = jnp.moveaxis(padded.reshape(B, -1, BLOCK, *q.shape[2:]), 1, 0)
 
-  def blocks(x):
-    x = jnp.pad(x, ((0, 0), (0, -T % BLOCK)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, -1, BLOCK, *x.shape[2:]), 1, 0)
-
-  out = jax.lax.map(lambda x: _dense(x[0], k, v, x[1]), (blocks(q), blocks(mask)))
+  def block(start, queries):
+    last = S - T + start + jnp.arange(BLOCK)[:, None]
+    return _dense(queries, k, v, (jnp.arange(S) <= last) & valid[:, None, :])
+  out = jax.lax.map(lambda x: block(*x), (
+      BLOCK * jnp.arange(len(blocks)), blocks))
   joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
   return tuple(map(joined, out))
 

@@ -249,7 +249,7 @@ def measure(subject: Subject, num_rows: int, *, repeats: int,
     tick: called with the name of what has been run.
 
   Returns:
-    A row per method; see tables.COLUMNS.
+    A row per method; see report.INFERENCE.
   """
   found = cases(subject, num_rows, shares, voco_tokens)
   outside = outside or {}

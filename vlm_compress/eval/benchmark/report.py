@@ -19,14 +19,14 @@ from vlm_compress.eval.tables import quantity
 from vlm_compress.presets import preset
 
 INFERENCE = ('method', 'visual tokens', 'vision ms', 'selector ms', 'prefill ms',
-             'decode ms/token', '10-token answer ms', 'prefill FLOP',
+             'spread', 'decode ms/token', '10-token answer ms', 'prefill FLOP',
              'KV cache', 'peak memory', 'slot waste', 'time ratio',
              'FLOP ratio', 'time / FLOP')
 SELECTOR = ('selector of', 'ms', 'of prefill time', 'of prefill FLOP')
 TRAINING = ('step', 'ms', 'temporaries', 'peak memory', 'time ratio',
             'memory ratio')
 ADAPTIVE = ('model', 'visual tokens', 'batches', 'slots / tokens, all layers',
-            'rung / kept, behind each module', 'ms / prompt')
+            'rung / kept, behind each module', 'ms / prompt', 'programs')
 TEXT_LENGTHS = (16, 32, 48, 64, 128)
 
 
@@ -126,7 +126,8 @@ def _bytes(value: float | None) -> str:
 
 def _inference(row: Mapping[str, Any]) -> list[str]:
   return [row['method'], f'{row["visual_tokens"]:.1f}', _ms(row['vision_ms']),
-          _ms(row['selector_ms']), _ms(row['prefill_ms']), _ms(row['decode_ms']),
+          _ms(row['selector_ms']), _ms(row['prefill_ms']),
+          f'{100 * row["spread"]:.0f} %', _ms(row['decode_ms']),
           _ms(row['answer_ms']), quantity(row['prefill_flops'], 'FLOP'),
           _bytes(row['kv_bytes']), _bytes(row['peak_bytes']),
           f'{row["slot_waste"]:.2f}', f'{row["time_ratio"]:.3f}',
@@ -145,7 +146,8 @@ def _adaptive(row: Mapping[str, Any]) -> list[list[str]]:
            name if name == 'alone' else f'{name}, {row["batch"]}',
            f'{mode["waste"]:.3f}', ', '.join(
                f'{w:.2f}' for w in row['rung_waste']) if name == 'alone' else '–',
-           _ms(mode['ms_per_prompt'])]
+           _ms(mode['ms_per_prompt']),
+           str(row['programs']) if name == 'alone' else '–']
           for name, mode in row['modes'].items()]
 
 

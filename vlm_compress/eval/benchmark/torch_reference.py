@@ -1,8 +1,7 @@
 """The outside reference: transformers' LLaMA in torch, with the same weights.
 
-In float32 torch reads the very arrays that jax has (a product with a transposed
-view takes as long as one with torch's own layout), so both fit into memory; in
-bfloat16, where it would be slower, it has copies in its own layout.
+In float32 torch reads the very arrays that jax has, as transposed views, so both
+fit into memory; in bfloat16 it has copies in its own layout.
 """
 
 from __future__ import annotations
