@@ -256,7 +256,7 @@ class SegmentedModel:
     try:
       tokens, pruning, counts = self._start(batch, options)
       rows = {length: tokens} if counts is None else all_cuts({length: tokens})
-      token = x = jax.ShapeDtypeStruct((batch_size,), np.int32)
+      x = jax.ShapeDtypeStruct((batch_size,), np.int32)
       position = jax.ShapeDtypeStruct((batch_size,), np.int32,
                                       sharding=self.programs.out)
       for index in range(len(self.bounds(pruned))):
