@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Iterator
 
-
 _ABANDONED = 3600  # seconds; nobody takes that long to write a file
 
 
