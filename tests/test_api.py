@@ -13,6 +13,7 @@ from api_helpers import TOKENIZER, make
 from PIL import Image
 
 from vlm_compress import api, batches, sharding
+from vlm_compress import vlm as vlm_lib
 from vlm_compress.config import ConfigError
 from vlm_compress.convert.processor import Processor
 from vlm_compress.data import images
@@ -179,6 +180,7 @@ def test_a_picture_is_encoded_once_and_a_program_compiled_once(
     programs.add(len(vlm.segmented.programs))
   assert len(calls) == 1 and len(programs) == 1
   rng = np.random.default_rng(2)
+  monkeypatch.setattr(vlm_lib, '_PICTURES_KEPT', 8)
   for _ in range(20):  # ... but not all pictures of a lifetime are kept
     vlm.features(rng.integers(0, 255, (24, 24, 3), np.uint8))
   assert len(calls) == 21 and len(vlm._features) == 8
@@ -270,7 +272,9 @@ def test_on_a_mesh_it_answers_the_same(vlms, pictures, tmp_path, method):
   assert kernel.addressable_shards[0].data.size == kernel.size // 4
   a, b = (api.logits(vlm, QUESTION, pictures[:1]).logits
           for vlm in (one, several))
-  np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  # what modules decide rests on sums, whose order a mesh changes
+  close = 1e-4 if method == 'atp' else 1e-5
+  np.testing.assert_allclose(a, b, rtol=close, atol=close)
   a, b = (api.generate(vlm, QUESTION, pictures[:1], max_new_tokens=4)
           for vlm in (one, several))
   assert a.token_ids == b.token_ids

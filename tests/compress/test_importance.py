@@ -124,7 +124,7 @@ def test_a_row_with_576_visual_tokens():
                                  prompt[0][:, None])):
     want = (probs * weight).sum(0) / np.maximum((mask * weight).sum(0), 1e-6)
     np.testing.assert_allclose(score[0], want, rtol=0, atol=1e-6)
-  assert got[0].max() > 0.01
+  assert got[0].max() > 0.005
 
 
 def test_the_saved_log_sum_exp_is_used():

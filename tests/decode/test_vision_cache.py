@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from vlm_compress import atomic
 from vlm_compress.config import ConfigError
 from vlm_compress.decode import identity as identity_lib
 from vlm_compress.decode import vision_cache
@@ -234,7 +235,7 @@ def test_two_writers_lose_nothing_and_a_killed_one_leaves_nothing(start, tmp_pat
 def test_who_writes_a_file_waits_for_the_other(tmp_path):
   path, done = tmp_path / 'file.safetensors', threading.Event()
   thread = threading.Thread(target=lambda: (put(path, voco_entry()), done.set()))
-  with vision_cache._locked(path):
+  with atomic.lock(path):
     thread.start()
     time.sleep(0.1)
     assert not done.is_set()
