@@ -162,8 +162,7 @@ class VocoConfig:
   distill_weight: float = 0.0
 
   def __post_init__(self):
-    check(self.num_voco_tokens >= 1,
-          f'voco.num_voco_tokens={self.num_voco_tokens}: at least 1')
+    check(self.num_voco_tokens >= 1, f'voco.num_voco_tokens={self.num_voco_tokens}: at least 1')
     check(self.distill_weight >= 0.0,
           f'voco.distill_weight={self.distill_weight}: not negative')
 
@@ -352,9 +351,10 @@ def check_atp(config: LlavaConfig) -> None:
   check(atp.prune_after[-1] < num_layers,
         f'atp.prune_after={atp.prune_after}: the model has {num_layers} '
         f'layers, so the last module can sit after layer {num_layers - 1}')
-  check(all(c <= config.num_visual_tokens for c in atp.fixed_counts),
-        f'atp.fixed_counts={atp.fixed_counts} exceed the '
-        f'{config.num_visual_tokens} visual tokens of an image')
+  for name in ('fixed_counts', 'capacities'):
+    counts = getattr(atp, name)
+    check(all(c <= config.num_visual_tokens for c in counts), f'atp.{name}='
+          f'{counts} exceed the {config.num_visual_tokens} visual tokens of an image')
   if atp.selector == 'adaptive':
     floor = token_floor(config)
     check(floor <= atp.target_tokens <= config.num_visual_tokens,

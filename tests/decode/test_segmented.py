@@ -183,8 +183,11 @@ def test_ladders_of_the_config():
   assert capacity_ladder(large) == (4, 12, 24, 36, 48, 64, 80, 96, 120, 144,
                                     192, 240, 288, 360, 432, 576)
   given = dataclasses.replace(plain, atp=dataclasses.replace(
-      plain.atp, capacities=(2, 9, 40)))
+      plain.atp, capacities=(2, 9)))
   assert capacity_ladder(given) == (2, 9, 16)
+  with pytest.raises(ConfigError, match=r'atp.capacities=\(9, 40\) exceed the 16'):
+    dataclasses.replace(plain, atp=dataclasses.replace(
+        plain.atp, capacities=(9, 40)))
 
 
 @pytest.mark.parametrize('sees_prefix', [False, True])
