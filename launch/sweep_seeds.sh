@@ -12,14 +12,18 @@ set -euo pipefail
 
 usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
-  exit 2
+  exit "${1:-2}"
 }
 
 dry_run=false
-if [[ ${1-} == --dry-run ]]; then
-  dry_run=true
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    --dry-run) dry_run=true ;;
+    -h | --help) usage 0 ;;
+    *) usage ;;
+  esac
   shift
-fi
+done
 (($# >= 1)) || usage
 
 workdir=$1

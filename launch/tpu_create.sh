@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Creates a TPU VM.
+# Creates a TPU of one slice, on demand.
 #
 #   launch/tpu_create.sh [--dry-run] NAME ZONE [TYPE] [RUNTIME]
 #
 #   NAME     of the TPU VM, chosen by you
 #   ZONE     such as us-west4-a
 #   TYPE     accelerator type (default v5litepod-8: 8 chips, one host;
-#            tpu_run.sh needs a type of one host)
+#            v5litepod-256 is a pod of 64 hosts)
 #   RUNTIME  software version of the TPU VM (default v2-alpha-tpuv5-lite)
+#
+# Several slices, or spot: tpu_queue.sh.
 #
 # Needs gcloud with a project set.  A TPU costs money until it is deleted:
 #   gcloud compute tpus tpu-vm delete NAME --zone=ZONE
@@ -15,14 +17,18 @@ set -euo pipefail
 
 usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
-  exit 2
+  exit "${1:-2}"
 }
 
 dry_run=false
-if [[ ${1-} == --dry-run ]]; then
-  dry_run=true
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    --dry-run) dry_run=true ;;
+    -h | --help) usage 0 ;;
+    *) usage ;;
+  esac
   shift
-fi
+done
 (($# >= 2 && $# <= 4)) || usage
 
 name=$1

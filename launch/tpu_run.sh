@@ -1,51 +1,59 @@
 #!/usr/bin/env bash
-# Runs `vlm-compress train` on a TPU VM of one host, and copies the result.
+# Trains on all hosts of a TPU, of one slice or several; copies the result.
 #
-#   launch/tpu_run.sh [--dry-run] NAME ZONE CONFIG WORKDIR BUCKET [FLAG...]
+#   launch/tpu_run.sh [--dry-run] [--queued] NAME ZONE CONFIG WORKDIR BUCKET [FLAG...]
 #
-#   CONFIG   a config of the repository, such as configs/quickstart.py:instruct
-#   WORKDIR  folder on the VM's disk, below the home directory, such as runs/a;
-#            training resumes from what is there when this is run again
-#   BUCKET   gs://bucket/folder; WORKDIR's last folder is copied into it
-#   FLAG     more flags of train, such as --config.train.seed=1
+#   --queued  NAME is a queued resource (tpu_queue.sh), with all its slices
+#   CONFIG    a config of the repository, such as configs/quickstart.py:instruct
+#   WORKDIR   folder below the home directory.  With several hosts it must be on
+#             the disk they share (shared/runs/a, see tpu_setup.sh); the trainer
+#             cannot write to gs://
+#   BUCKET    gs://bucket/folder gets WORKDIR's last folder when training is
+#             done, without checkpoints, and the logs of all hosts at any end
+#   FLAG      more flags of train; paths in them are below the home directory,
+#             too: --data-root=shared/data --config.train.seed=1
 #
-# All chips of the host are used.  A slice of several hosts is not supported.
+# Run it again and training resumes.  What still runs there saves and ends first.
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
-  exit 2
-}
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit "${1:-2}"; }
 
-dry_run=false
-if [[ ${1-} == --dry-run ]]; then
-  dry_run=true
+dry_run=false kind=tpu-vm all=(--worker=all --batch-size=all)
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    --dry-run) dry_run=true ;;
+    --queued) kind=queued-resources all+=(--node=all) ;;
+    -h | --help) usage 0 ;;
+    *) usage ;;
+  esac
   shift
-fi
+done
 (($# >= 5)) || usage
-
-name=$1 zone=$2 config=$3 workdir=$4 bucket=$5
+name=$1 zone=$2 config=$3 workdir=${4%/} bucket=${5%/}
 shift 5
+[[ $workdir != *:* && $workdir != /* ]] || {
+  echo "error: WORKDIR $workdir: name a folder below the VM's home" >&2; exit 2; }
+[[ $bucket == gs://* ]] || {
+  echo "error: BUCKET $bucket: name it gs://bucket/folder" >&2; exit 2; }
 
-if [[ $workdir == *:* || $workdir == /* ]]; then
-  echo "error: WORKDIR $workdir: name a folder below the VM's home" >&2
-  exit 2
-fi
-if [[ $bucket != gs://* ]]; then
-  echo "error: BUCKET $bucket: name it gs://bucket/folder" >&2
-  exit 2
-fi
+run() { printf '%q ' "$@"; echo; $dry_run || "$@"; }
+on() { run gcloud compute tpus "$kind" ssh "$name" --zone="$zone" "$@"; }
 
-run() {
-  printf '%q ' "$@"
-  echo
-  $dry_run || "$@"
-}
-
-# Quoted once for the shell of the VM; run from the repository's root there.
-printf -v train '%q ' ../vlm_env/bin/vlm-compress train \
-  "--config=$config" "--workdir=../$workdir" "$@"
-printf -v copy '%q ' gcloud storage cp -r "../$workdir" "${bucket%/}/"
-
-run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 \
-  --command="cd vlm_compress && $train && $copy"
+# Quoted once for the shells of the hosts, which start in the home directory.
+printf -v train '%q ' vlm_env/bin/vlm-compress train --distributed \
+  "--config=vlm_compress/$config" "--workdir=$workdir" "$@"
+printf -v to '%q' "$bucket/${workdir##*/}"
+# shellcheck disable=SC2016  # the hosts expand it
+remote='set -o pipefail; mkdir -p vlm_logs; old=$(cat vlm_train.pid 2>/dev/null || echo 0)
+for i in {1..90}; do grep -qs vlm-compress "/proc/$old/cmdline" || break
+  if ((i == 90)); then kill -KILL "$old"; elif ((i == 1)); then kill "$old"; fi; sleep 2; done
+(echo "$BASHPID" >vlm_train.pid; exec '$train') 2>&1 \
+  | tee -a "vlm_logs/$HOSTNAME.log" | sed -u "s/^/$HOSTNAME: /"'
+code=0
+on "${all[@]}" --command="$remote" || code=$?
+on "${all[@]}" --command="gcloud storage cp vlm_logs/*.log $to/logs/" ||
+  echo "warning: logs of hosts are not in $bucket" >&2
+((code == 0)) || { echo "error: training failed ($code); run it again to resume" >&2; exit "$code"; }
+printf -v copy '%q ' gcloud storage rsync -r '--exclude=^(damaged_)?checkpoints/.*' "$workdir"
+on --worker=0 --command="test -e $(printf %q "$workdir")/model/config.json || {
+  echo 'stopped before the last step; run it again to resume' >&2; exit 3; }; $copy $to"

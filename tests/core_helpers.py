@@ -61,13 +61,17 @@ def build(config, seed: int = 0, unroll: int = 1):
   """(model, params); thresholds differ between instances and modules.
 
   Fresh heads give every instance nearly the initial thresholds, so their
-  last layers are drawn anew, larger.
+  last layers are drawn anew, larger; so is what is zero in fresh adapters.
   """
   model = llava.Llava(config, unroll=unroll)
   params = _fresh(llava.Llava(config), seed)
-  if 'atp' not in params:
-    return model, params
   flat = flax.traverse_util.flatten_dict(params, sep='/')
+  rng = np.random.default_rng(seed + 1)
+  for path in [path for path in flat if path.endswith('/lora_b')]:
+    flat[path] = jax.numpy.asarray(
+        rng.normal(0.0, 0.1, flat[path].shape), flat[path].dtype)
+  if 'atp' not in params:
+    return model, flax.traverse_util.unflatten_dict(flat, sep='/')
   rng = np.random.default_rng(seed)
   for name in ('redundancy', 'spatial'):
     kernel = flat[f'atp/{name}/kernel']
@@ -143,6 +147,13 @@ def batch(samples, config, *, length: int, num_images: int,
 def flat(tree) -> dict:
   """A nested parameter tree by path."""
   return flax.traverse_util.flatten_dict(tree, sep='/')
+
+
+def differs(a, b) -> bool:
+  """Whether two results are not the same; arrays to 1e-6."""
+  if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+    return a.shape != b.shape or np.abs(a - b).max() > 1e-6
+  return a != b
 
 
 def close(actual, expected, tolerance: float = 1e-5) -> None:

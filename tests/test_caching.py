@@ -15,11 +15,12 @@ from api_helpers import TOKENIZER, make
 from PIL import Image
 
 from vlm_compress import api, caching, sharding
-from vlm_compress.config import ConfigError, efficientnet_lite0
+from vlm_compress.config import ConfigError
 from vlm_compress.convert import efficientnet
 from vlm_compress.convert.processor import Processor
 from vlm_compress.data.errors import DataError
 from vlm_compress.decode.vision_cache import VisionCache
+from vlm_compress.presets import efficientnet_lite0
 from vlm_compress.vlm import prefill, prepare
 
 QUESTION, COUNT = 'what is this on the left side', 5

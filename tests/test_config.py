@@ -9,11 +9,12 @@ import core_helpers as helpers
 import pytest
 
 from vlm_compress import config as config_lib
-from vlm_compress import presets
+from vlm_compress import config_values, presets
 from vlm_compress.config import (
   AtpConfig,
   ConfigError,
   LlavaConfig,
+  LoraConfig,
   TextConfig,
   VisionConfig,
   VocoConfig,
@@ -24,13 +25,14 @@ PLAIN = helpers.tiny()
 VOCO_MODEL = helpers.voco_config(2)
 ATP = helpers.atp_config()
 FIXED = helpers.atp_config(selector='uniform', fixed_counts=(8, 4, 2))
+LORA = helpers.tiny(lora=LoraConfig(4, 8.0, ('q_proj', 'up_proj')))
 POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
 
 
 @pytest.mark.parametrize('make,parts', [
-    (lambda: config_lib.from_dict({'text': {'hidden_sise': 4}}),
+    (lambda: config_values.from_dict({'text': {'hidden_sise': 4}}),
      ['hidden_sise', 'TextConfig', 'hidden_size']),
-    (lambda: config_lib.from_dict({'tekst': {}}), ['tekst', 'LlavaConfig']),
+    (lambda: config_values.from_dict({'tekst': {}}), ['tekst', 'LlavaConfig']),
     (lambda: presets.preset('huge'), ['huge', 'tiny']),
     # tiny, first module after 1 of 4 layers: (16 + 3) / 4
     (lambda: helpers.atp_config(target_tokens=4.0),
@@ -68,6 +70,14 @@ POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
      ['temperature_end']),
     (lambda: VocoConfig(0), ['num_voco_tokens=0']),
     (lambda: VocoConfig(distill_weight=-1.0), ['distill_weight=-1.0']),
+    (lambda: LoraConfig(rank=0), ['lora.rank=0', 'positive']),
+    (lambda: LoraConfig(alpha=0.0), ['lora.alpha=0.0']),
+    (lambda: LoraConfig(targets=()), ['lora.targets=()', 'q_proj']),
+    (lambda: LoraConfig(targets=('q_proj', 'lm_head')), ['lm_head', 'down_proj']),
+    (lambda: config_values.from_dict({'lora': {'targets': [3]}}), ['targets=(3,)']),
+    (lambda: config_values.from_dict({'lora': {'targets': 'q_proj'}}),
+     ["targets='q_proj'", 'tuple']),
+    (lambda: config_values.from_dict({'lora': {'r': 3}}), ["['r']", 'rank']),
     (lambda: TextConfig(hidden_size=100), ['hidden_size=100', '32', 'head_dim']),
     (lambda: TextConfig(head_dim=3), ['head_dim=3']),
     (lambda: TextConfig(head_dim=-2), ['head_dim=-2']),
@@ -107,15 +117,15 @@ def test_errors_name_field_and_remedy_in_one_line(make, parts):
 
 
 @pytest.mark.parametrize('config', [
-    PLAIN, VOCO_MODEL, ATP, FIXED, POOLED, presets.preset('llava_1_5_7b'),
+    PLAIN, VOCO_MODEL, ATP, FIXED, LORA, POOLED, presets.preset('llava_1_5_7b'),
     presets.preset('llava_1_5_13b')])
 def test_dict_and_back(config):
-  values = json.loads(json.dumps(config_lib.to_dict(config)))
-  assert config_lib.from_dict(values) == config
+  values = json.loads(json.dumps(config_values.to_dict(config)))
+  assert config_values.from_dict(values) == config
 
 
 def test_efficientnet_lite0_has_its_own_sizes():
-  lite = config_lib.efficientnet_lite0(128)
+  lite = presets.efficientnet_lite0(128)
   assert lite.grid_size == 8 and lite.hidden_size == 112
   assert helpers.tiny(vision=lite).num_visual_tokens == 64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-from vlm_compress.eval import report
+from vlm_compress.eval import compile_report, report
 from vlm_compress.eval.benchmark import report as benchmark_report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,3 +40,14 @@ def test_the_performance_tables_are_the_benchmarks():
   shown = (ROOT / 'README.md').read_text().partition(
       '<!-- tables: begin -->')[2].partition('<!-- tables: end')[0].strip()
   assert shown == made.strip() and len(found['inference']) >= 20
+
+
+def test_the_compile_table_is_that_of_the_reports():
+  founds = [json.loads(path.read_text()) for path in sorted(
+      (ROOT / 'results/compile').glob('*/compile.json'))]
+  shown = (ROOT / 'README.md').read_text().partition(
+      '<!-- compile table: begin -->')[2].partition('<!-- compile table: end')[0]
+  assert shown.strip() == compile_report.summary(founds).strip() and len(founds) >= 4
+  for path in (ROOT / 'results/compile').glob('*/compile.json'):
+    page = path.with_name('compile.md').read_text()
+    assert page == compile_report.markdown(json.loads(path.read_text())), path

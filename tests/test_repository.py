@@ -26,7 +26,8 @@ SETUP_COMMANDS = (
     '.venv/bin/pytest',
 )
 EXTRAS = {'demo', 'convert', 'test', 'parity', 'notebooks', 'tpu-compile', 'dev'}
-LAYOUT = ('config.py', 'sharding.py', 'atomic.py', 'nn/', 'compress/', 'models/',
+LAYOUT = ('config.py', 'config_values.py', 'sharding.py', 'atomic.py', 'nn/',
+          'compress/', 'models/',
           'losses.py', 'decode/', 'convert/', 'data/', 'eval/', 'train/',
           'api.py', 'vlm.py', 'analysis/', 'cli/', 'configs/', 'launch/', 'tests/', 'notebooks/')
 
@@ -168,8 +169,9 @@ def test_licence_and_attribution():
 def test_pytest_leaves_parity_to_those_who_ask():
   options = tomllib.loads(read('pyproject.toml'))['tool']['pytest'][
       'ini_options']
-  assert "-m 'not parity and not slow'" in options['addopts']
-  assert [m.partition(':')[0] for m in options['markers']] == ['slow', 'parity']
+  assert "-m 'not parity and not slow and not tpu'" in options['addopts']
+  assert [m.partition(':')[0] for m in options['markers']] == [
+      'slow', 'parity', 'tpu']
 
 
 def test_ci_runs_what_the_readme_says():
@@ -226,16 +228,19 @@ def test_ci_goes_through_its_phases_in_order(ci):
       'tool -m venv', 'pip install -e .[test]', 'ruff check .',
       'npm pack something', 'pytest --durations=15',
       'pytest -m slow --durations=5', 'pip install -e .[parity]',
-      'python - 2.13.0', 'pytest -m parity']
+      'python - 2.13.0', 'pytest -m parity',
+      'pip install -e .[tpu-compile]', 'pytest -m tpu -n 1']
   assert ' s  tests\n' in done.stdout and 'passed in' in done.stdout
 
 
 @pytest.mark.parametrize('broken, phase', [
     ('-m venv', 'install .[test]'), ('[test]', 'install .[test]'),
+    ('[tpu-compile]', 'install .[tpu-compile]'),
     ('ruff', 'lint'), ('npm', 'fetch test assets'), ('durations=15', 'tests'),
     ('-m slow', 'slow tests'),
     ('[parity]', 'install .[parity]'), ('2.13.0', 'torch is 2.13.0'),
-    ('pytest -m parity', 'parity with torch')])
+    ('pytest -m parity', 'parity with torch'),
+    ('pytest -m tpu', 'compile for TPUs')])
 def test_ci_stops_at_the_first_failure(ci, broken, phase):
   done, commands = ci(broken)
   assert done.returncode != 0

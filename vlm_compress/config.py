@@ -21,6 +21,9 @@ CRITERIA = ('both', 'redundant', 'spatial')
 IMPLEMENTATIONS = ('auto', 'dense', 'jax', 'splash')  # of attention
 DTYPES = ('float32', 'bfloat16')
 PARAM_DTYPES = (*DTYPES, 'float16')
+PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
+               'down_proj')  # of a decoder layer
+REMAT_POLICIES = ('nothing_saveable', 'dots_saveable', 'dots_with_no_batch_dims_saveable')
 
 
 class ConfigError(ValueError):
@@ -86,12 +89,6 @@ class VisionConfig:
   def grid_size(self) -> int:
     """Visual tokens per side of the grid."""
     return self.image_size // self.patch_size
-
-
-def efficientnet_lite0(image_size: int = 128) -> VisionConfig:
-  """The frozen EfficientNet-Lite0 tower, features of stride 16."""
-  return VisionConfig(model_type='efficientnet_lite0', image_size=image_size,
-                      patch_size=16, hidden_size=112)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +251,34 @@ class AtpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters on projections of the decoder (arXiv 2106.09685).
+
+  y = x W + alpha / rank (x A) B, with A of in x rank, B of rank x out.  The
+  paper's dropout in front of A is left out: training is a pure function of
+  parameters and batch.  Defaults are those of LLaVA-1.5's LoRA recipe.
+
+  Attributes:
+    rank: of the update; alpha: its scale is alpha / rank.
+    targets: projections that have adapters, in every layer.
+  """
+  rank: int = 128
+  alpha: float = 256.0
+  targets: tuple[str, ...] = PROJECTIONS
+
+  def __post_init__(self):
+    _positive('lora', self, 'rank', 'alpha')
+    unknown = [name for name in self.targets if name not in PROJECTIONS]
+    check(len(self.targets) > 0 and not unknown, f'lora.targets={self.targets}: '
+          f'one or more of {PROJECTIONS}')
+
+  @property
+  def scale(self) -> float:
+    """What (x A) B is multiplied with."""
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class LlavaConfig:
   """A LLaVA-1.5-family model, with at most one compression method.
 
@@ -262,14 +287,15 @@ class LlavaConfig:
     vision_feature_select_strategy: 'default' drops the class token, 'full'
       keeps it.
     projector_hidden_act: 'gelu' is the exact erf form.
-    image_token_index: placeholder id of an image in token ids.
-    voco_token_index: placeholder id of a VoCo token in token ids.
+    image_token_index, voco_token_index: placeholder ids in token ids.
     voco, atp: the compression method, or None.
+    lora: adapters of the decoder, or None; beside any method.
     resampler: baselines that shorten the visual sequence before the decoder:
       'avg_pool', 'avg_pool_linear' or 'qformer', to num_query_tokens.
     num_query_tokens: visual tokens after the resampler; 0 without one.
     dtype: of activations; param_dtype: of parameters as stored.
-    remat: recompute each decoder layer in the backward pass.
+    remat: recompute each decoder layer in the backward pass, but for what
+      remat_policy keeps; a name of jax.checkpoint_policies.
     attention_implementation: 'auto' picks by backend; or 'dense', 'jax' or
       'splash' wherever it can do what is asked, see nn/kernels.py.
   """
@@ -282,18 +308,19 @@ class LlavaConfig:
   voco_token_index: int = 32000
   voco: VocoConfig | None = None
   atp: AtpConfig | None = None
+  lora: LoraConfig | None = None
   resampler: str = 'none'
   num_query_tokens: int = 0
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   remat: bool = False
+  remat_policy: str = 'nothing_saveable'
   attention_implementation: str = 'auto'
 
   def __post_init__(self):
     check(self.attention_implementation in IMPLEMENTATIONS,
           f'attention_implementation: use one of {IMPLEMENTATIONS}')
-    check(self.resampler in RESAMPLERS,
-          f'resampler={self.resampler!r}: use one of {RESAMPLERS}')
+    check(self.resampler in RESAMPLERS, f'resampler={self.resampler!r}: use one of {RESAMPLERS}')
     check((self.num_query_tokens > 0) if self.resampler != 'none' else
           (self.num_query_tokens == 0),
           'num_query_tokens must be positive with a resampler and 0 without')
@@ -302,23 +329,21 @@ class LlavaConfig:
     check(self.resampler == 'none' or self.atp is None,
           'atp needs the full grid of visual tokens: set resampler="none"')
     strategy = self.vision_feature_select_strategy
-    check(strategy in ('default', 'full'),
-          'vision_feature_select_strategy: use default or full')
+    check(strategy in ('default', 'full'), 'vision_feature_select_strategy: use default or full')
     check(strategy == 'default' or
           (self.vision.model_type == 'clip_vision_model' and
            self.atp is None and self.resampler == 'none'),
           'vision_feature_select_strategy="full" keeps the class token, which '
           'has no place on the grid: only for CLIP without atp or resampler')
-    check(self.projector_hidden_act in ('gelu', 'gelu_tanh'),
-          f'projector_hidden_act={self.projector_hidden_act!r}: use gelu '
-          '(exact) or gelu_tanh')
+    check(self.projector_hidden_act in ('gelu', 'gelu_tanh'), 'projector_hidden_act='
+          f'{self.projector_hidden_act!r}: use gelu (exact) or gelu_tanh')
     voco = self.voco_token_index
     check(self.voco is None or voco != self.image_token_index and
           not 0 <= voco < self.text.vocab_size, f'voco_token_index={voco} is '
           'the id of a word or of an image; use one behind the vocabulary')
+    check(self.remat_policy in REMAT_POLICIES, f'remat_policy: use one of {REMAT_POLICIES}')
     check(self.dtype in DTYPES, f'dtype: use one of {DTYPES}')
-    check(self.param_dtype in PARAM_DTYPES,
-          f'param_dtype: use one of {PARAM_DTYPES}')
+    check(self.param_dtype in PARAM_DTYPES, f'param_dtype: use one of {PARAM_DTYPES}')
     if self.atp is not None:
       check_atp(self)
 
@@ -362,39 +387,3 @@ def check_atp(config: LlavaConfig) -> None:
           f'atp.prune_after={atp.prune_after} of {num_layers} layers the '
           f'layer average lies between the floor {floor:g} and '
           f'{config.num_visual_tokens}; raise the target or prune earlier')
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-  """A config as plain JSON types."""
-  return dataclasses.asdict(config)
-
-
-_NESTED = {'vision': VisionConfig, 'text': TextConfig, 'voco': VocoConfig,
-           'atp': AtpConfig}
-
-
-def from_dict(values: dict[str, Any], cls: type = LlavaConfig) -> Any:
-  """A config from plain types; an unknown field is an error with its name."""
-  fields = {f.name for f in dataclasses.fields(cls)}
-  unknown = sorted(set(values) - fields)
-  check(not unknown, f'unknown config field(s) {unknown} for {cls.__name__}; '
-        f'known: {sorted(fields)}')
-  kwargs = {}
-  for name, value in values.items():
-    if cls is LlavaConfig and name in _NESTED and value is not None:
-      check(isinstance(value, dict), f'{name}={value!r}: must be an object')
-      value = from_dict(value, _NESTED[name])
-    value = tuple(value) if isinstance(value, list) else value
-    if name not in _NESTED:
-      _check_type(name, value, getattr(cls, name))
-    kwargs[name] = value
-  return cls(**kwargs)
-
-
-def _check_type(name: str, value: Any, default: Any) -> None:
-  """A field has the type of its default; a whole number is a float, too."""
-  kind = type(default)
-  good = type(value) is kind or (kind is float and type(value) is int)
-  if kind is tuple:  # all of them hold numbers of layers, tokens or cells
-    good = good and all(type(v) is int for v in value)
-  check(good, f'{name}={value!r}: must be of type {kind.__name__}')

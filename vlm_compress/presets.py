@@ -28,6 +28,12 @@ def preset(name: str) -> LlavaConfig:
                     'llava_1_5_13b')
 
 
+def efficientnet_lite0(image_size: int = 128) -> VisionConfig:
+  """The frozen EfficientNet-Lite0 tower, features of stride 16."""
+  return VisionConfig(model_type='efficientnet_lite0', image_size=image_size,
+                      patch_size=16, hidden_size=112)
+
+
 def prune_after_for(num_hidden_layers: int) -> tuple[int, ...]:
   """The published placement (4, 14, 24 of 32) for any depth, without repeats."""
   shares = (0.125, 0.4375, 0.75)

@@ -8,11 +8,14 @@ silently left unsharded.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_compress.config import check
@@ -34,6 +37,27 @@ RULES: dict[str, Any] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+  """Devices along each axis; see `make_mesh`.
+
+  Attributes:
+    data: copies of the model; -1 takes what is left.
+    fsdp: parameters, optimiser and batch are split over these.
+    tensor: heads and inner sizes are split over these.
+  """
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    check(self.data == -1 or self.data >= 1, f'mesh.data={self.data}: at least '
+          '1, or -1 for what is left')
+    for name in ('fsdp', 'tensor'):
+      check(getattr(self, name) >= 1, f'mesh.{name}={getattr(self, name)}: at '
+            'least 1')
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
               devices: list[jax.Device] | None = None) -> Mesh:
   """A (data, fsdp, tensor) mesh over all devices.
@@ -43,10 +67,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
     devices: devices to use, all of them by default.
 
   Returns:
-    A mesh with automatic axes.
+    A mesh with automatic axes.  Neighbours in it are neighbours on the chips'
+    network; of several slices, only `data` reaches from one to the other.
 
   Raises:
-    ConfigError: the product is not the number of devices.
+    ConfigError: the product is not the number of devices, or data is no
+      multiple of the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   num_devices = len(devices)
@@ -60,8 +86,27 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
         f'mesh data={data} x fsdp={fsdp} x tensor={tensor} needs '
         f'{math.prod(shape)} devices, but there are {num_devices}; '
         'data=-1 takes all that are left')
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3,
-                       devices=devices)
+  return Mesh(device_grid(shape, devices), MESH_AXES,
+              axis_types=(AxisType.Auto,) * 3)
+
+
+def device_grid(shape: tuple[int, int, int], devices: list[jax.Device]
+                ) -> np.ndarray:
+  """Devices as an array of the shape (data, fsdp, tensor).
+
+  Raises:
+    ConfigError: data is no multiple of the number of slices.
+  """
+  slices = len({getattr(device, 'slice_index', None) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True)
+  check(shape[0] % slices == 0, f'mesh.data={shape[0]} is no multiple of the '
+        f'{slices} slices: between slices only copies of the model exchange '
+        'gradients; lower mesh.fsdp or mesh.tensor')
+  return mesh_utils.create_hybrid_device_mesh(
+      (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices,
+      allow_split_physical_axes=True)
 
 
 def partition_spec(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -113,6 +158,13 @@ def tree_shardings(abstract_params: Any, mesh: Mesh) -> Any:
     return NamedSharding(mesh, PartitionSpec(*fitting))
   return jax.tree.map(leaf, abstract_params,
                       is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def unbox(tree: Any) -> Any:
+  """A tree without Linen's partitioning metadata, whatever mesh is set."""
+  is_box = lambda x: isinstance(x, nn.Partitioned)
+  return jax.tree.map(lambda x: x.value if is_box(x) else x, tree,
+                      is_leaf=is_box)
 
 
 def _divides(size: int, axes: Any, mesh: Mesh) -> bool:

@@ -20,13 +20,13 @@ from vlm_compress.config import (
   LlavaConfig,
   TextConfig,
   VocoConfig,
-  efficientnet_lite0,
 )
 from vlm_compress.convert.files import save_model
 from vlm_compress.data import tokenizer as tokenizer_lib
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.eval import evaluator
 from vlm_compress.models.llava import Llava, init_params
+from vlm_compress.presets import efficientnet_lite0
 
 TOKENIZER = tokenizer_lib.word_level(['what is at top left ? a dog owl'])
 QUESTION = 'what is at top left ?'

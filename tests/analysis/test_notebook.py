@@ -31,7 +31,6 @@ from vlm_compress.config import (
   LlavaConfig,
   TextConfig,
   VocoConfig,
-  efficientnet_lite0,
 )
 from vlm_compress.convert.files import save_model
 from vlm_compress.data import grids
@@ -40,6 +39,7 @@ from vlm_compress.data.sources import open_source
 from vlm_compress.data.tokenizer import word_level
 from vlm_compress.eval import evaluator
 from vlm_compress.models.llava import Llava, init_params
+from vlm_compress.presets import efficientnet_lite0
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))

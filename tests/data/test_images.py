@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_compress import config
+from vlm_compress import config, presets
 from vlm_compress.data import images
 from vlm_compress.data.errors import DataError
 from vlm_compress.models import efficientnet
@@ -104,7 +104,7 @@ def test_padding_of_efficientnet_becomes_zero():
 def test_tower_pixels_follow_the_tower():
   wide = Image.new('RGB', (8, 4), 'white')
   clip = config.VisionConfig(image_size=28, patch_size=14)
-  lite = config.efficientnet_lite0(32)
+  lite = presets.efficientnet_lite0(32)
   assert tuple(images.tower_pixels(wide, clip)[0, 0]) == (122, 116, 104)
   assert tuple(images.tower_pixels(wide, lite)[0, 0]) == (127, 127, 127)
   assert images.tower_pixels(wide, clip).shape == (28, 28, 3)

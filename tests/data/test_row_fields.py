@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import core_helpers as helpers
 import numpy as np
 import pytest
+
+pytest.importorskip('PIL', reason='needs the extra [demo]')
+
+from PIL import Image
 
 from vlm_compress.data import grids
 from vlm_compress.data.examples import Example
@@ -25,7 +30,19 @@ SPEC = RowSpec(kinds=(('what', 2), ('count', 1)), num_voco_tokens=(2,),
                length=160, text_length=100)
 CHANGES = {'template': 'voco', 'kinds': (('what', 1),), 'one_turn': True,
            'independent_turns': False, 'num_voco_tokens': (3,), 'length': 161,
-           'text_length': 101}
+           'text_length': 101, 'bucket_lengths': (60,), 'max_images': 2,
+           'image_aspect_ratio': 'crop'}
+# Rows that are cut do not have drawn turns.
+BASES = {'bucket_lengths': dataclasses.replace(
+    SPEC, kinds=(), length=600, text_length=500)}
+
+
+def picture():
+  """A PNG that pad and crop make different squares of."""
+  noise = np.random.default_rng(2).integers(0, 255, (20, 40, 3), np.uint8)
+  stream = io.BytesIO()
+  Image.fromarray(noise).save(stream, 'PNG')
+  return stream.getvalue()
 
 
 def arrays(spec):
@@ -35,12 +52,14 @@ def arrays(spec):
                              heldout_share=0.0)
   turns = grids.ask(rng, cells)
   features = np.zeros((1, CONFIG.num_patches, CONFIG.vision.hidden_size))
-  row = row_maker(spec, TOKENIZER, CONFIG, features)(
-      0, Example('x', turns, (b'',)), np.random.default_rng(1))
+  example = Example('x', turns, (picture(),))
+  row, pixels = (row_maker(spec, TOKENIZER, CONFIG, kind)(
+      0, example, np.random.default_rng(1)) for kind in (features, None))
   batch, (split, _) = plain_collate(spec)([row]), voco_collate(
       spec, CONFIG)([row])
-  return [batch.input_ids, batch.turn_ids, batch.token_types,
-          split.text.input_ids]
+  turns = np.zeros(0) if batch.turn_ids is None else batch.turn_ids
+  return [batch.input_ids, turns, batch.token_types,
+          split.text.input_ids, plain_collate(spec)([pixels]).features]
 
 
 def test_all_fields_are_here():
@@ -49,9 +68,10 @@ def test_all_fields_are_here():
 
 @pytest.mark.parametrize('field', CHANGES)
 def test_it_changes_something(field):
-  before = arrays(SPEC)
-  after = arrays(dataclasses.replace(SPEC, **{field: CHANGES[field]}))
+  base = BASES.get(field, SPEC)
+  before = arrays(base)
+  after = arrays(dataclasses.replace(base, **{field: CHANGES[field]}))
   assert any(a.shape != b.shape or (a != b).any()
              for a, b in zip(before, after))
-  for a, b in zip(before, arrays(SPEC)):
+  for a, b in zip(before, arrays(base)):
     np.testing.assert_array_equal(a, b)

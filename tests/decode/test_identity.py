@@ -13,13 +13,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_compress import sharding
+from vlm_compress.config import LoraConfig
 from vlm_compress.decode import identity as identity_lib
 from vlm_compress.decode.identity import Identity
 
 VOCO, ATP = helpers.voco_config(), helpers.atp_config()
+LORA = helpers.tiny(lora=LoraConfig(rank=2))
 
 # Caches that are out there stay good: these change together with FORMAT.
 GOLDEN_KEY = '3f70f219da71250a387d15065a34ef26f21b12b77f6d79c55de0b92d6d8bff45'
+GOLDEN_CONFIG = '15cc86c06835015e65ef385d09d9c6b8787d0ffdf41a042d266a55a7e195bb17'
 GOLDEN_FINGERPRINT = (
     '0d56d478cf77902436a0e8dd0af3a0acc35494ee90777661489fa3687e0137fe')
 
@@ -38,7 +41,7 @@ def test_every_part_of_the_identity_is_in_the_key():
 
 def test_the_config_counts_but_for_the_neutral_fields():
   full = {'': dataclasses.replace(VOCO, atp=None), 'voco': VOCO, 'atp': ATP,
-          'text': VOCO, 'vision': VOCO}
+          'text': VOCO, 'vision': VOCO, 'lora': LORA}
   for section, config in full.items():
     part = getattr(config, section) if section else config
     for field in dataclasses.fields(part):
@@ -59,6 +62,8 @@ def test_the_config_counts_but_for_the_neutral_fields():
   assert identity_lib.config_hash(whole) == identity_lib.config_hash(
       helpers.atp_config(threshold_shift=0.0))
   assert identity_lib.config_hash(ATP) != identity_lib.config_hash(VOCO)
+  # a field that came later changes no key of a model that does not use it
+  assert identity_lib.config_hash(VOCO) == GOLDEN_CONFIG
 
 
 def parameters() -> dict:

@@ -141,7 +141,7 @@ def test_efficientnet_lite0_by_hand():
   # channels; expansion 6 comes first, on the larger map.
   want += 2 * (4 * 16 * 96 + 96 * (9 + 24) + 24 * 144 + 144 * (9 + 24))
   assert efficiency.efficientnet_lite0_flops(4, num_stages=2) == want
-  demo = config_lib.LlavaConfig(vision=config_lib.efficientnet_lite0(128),
+  demo = config_lib.LlavaConfig(vision=presets.efficientnet_lite0(128),
                                 text=TEXT)
   assert efficiency.vision_flops(demo) == (
       efficiency.efficientnet_lite0_flops(128))

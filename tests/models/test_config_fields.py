@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-import tempfile
-from unittest import mock
 
 import core_helpers as helpers
 import flax.linen as nn
@@ -21,12 +18,13 @@ import numpy as np
 import pytest
 from core_helpers import BOS, IMAGE, VOCO, Sample, segment
 
-from vlm_compress import losses, sharding
+from vlm_compress import losses
 from vlm_compress.compress import atp as atp_lib
 from vlm_compress.config import (
   AtpConfig,
   ConfigError,
   LlavaConfig,
+  LoraConfig,
   TextConfig,
   VisionConfig,
   VocoConfig,
@@ -35,8 +33,7 @@ from vlm_compress.eval import efficiency
 from vlm_compress.models import clip_vit, llava, sequence
 from vlm_compress.models.llava import PruneOptions
 from vlm_compress.models.segments import capacity_ladder
-from vlm_compress.train import loop, optimizer, steps
-from vlm_compress.train.loop import fit, start_params
+from vlm_compress.train import steps
 from vlm_compress.train.recipe import Recipe
 
 
@@ -187,6 +184,17 @@ def recomputes(config):
   return 'remat' in program(config) or 'checkpoint' in program(config)
 
 
+def kept_for_backward(config):
+  """Numbers that the forward pass leaves for the backward pass."""
+  model = llava.Llava(config)
+  batch = llava.example_batch(config)
+  params = nn.unbox(jax.eval_shape(
+      lambda key: llava.init_params(model, key), jax.random.key(0)))
+  pull = jax.eval_shape(lambda p: jax.vjp(
+      lambda p: model.apply({'params': p}, batch)[0], p)[1], params)
+  return sum(x.size for x in jax.tree.leaves(pull))
+
+
 def voco_costs(config):
   """FLOPs of a compressed prompt."""
   return float(efficiency.voco_cost(config, 10.0).decoder)
@@ -204,6 +212,7 @@ def step_of_stage(config):
 PLAIN = helpers.tiny()
 VOCO_MODEL = helpers.voco_config(2)
 ATP = helpers.atp_config()
+LORA = helpers.tiny(lora=LoraConfig(rank=2, alpha=4.0))
 FIXED = helpers.atp_config(selector='uniform', fixed_counts=(8, 4, 2))
 POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
 CLIP_128 = helpers.tiny(vision=VisionConfig(image_size=128, patch_size=16, hidden_size=112))
@@ -261,6 +270,10 @@ PROBES = {
         'temperature_end': (ATP, 50.0, temperatures),
         'threshold_shift': (ATP, 0.5, default_shift),
         'capacities': (ATP, (5,), capacity_ladder)},
+    LoraConfig: {
+        'rank': (LORA, 3, shapes),
+        'alpha': (LORA, 8.0, logits),
+        'targets': (LORA, ('q_proj', 'down_proj'), shapes)},
     LlavaConfig: {
         'vision': (PLAIN, CLIP_128.vision, tower),
         'text': (PLAIN, TextConfig(), shapes),
@@ -271,16 +284,19 @@ PROBES = {
         'voco_token_index': (VOCO_MODEL, 300, row),
         'voco': (PLAIN, VocoConfig(), shapes),
         'atp': (PLAIN, AtpConfig(prune_after=(1,), target_tokens=8.0), shapes),
+        'lora': (PLAIN, LoraConfig(rank=2), shapes),
         'resampler': (POOLED, 'avg_pool_linear', shapes),
         'num_query_tokens': (helpers.tiny(resampler='qformer',
                                           num_query_tokens=4), 2, shapes),
         'dtype': (PLAIN, 'bfloat16', dtypes),
         'param_dtype': (PLAIN, 'bfloat16', shapes),
         'remat': (PLAIN, True, recomputes),
+        'remat_policy': (helpers.tiny(remat=True), 'dots_saveable',
+                         kept_for_backward),
         'attention_implementation': (PLAIN, 'jax', program)},
 }
 _PART = {VisionConfig: 'vision', TextConfig: 'text', VocoConfig: 'voco',
-         AtpConfig: 'atp'}
+         AtpConfig: 'atp', LoraConfig: 'lora'}
 
 
 def _seen(look, config):
@@ -288,12 +304,6 @@ def _seen(look, config):
     return look(config)
   except ConfigError as e:
     return str(e)
-
-
-def _differs(a, b):
-  if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-    return a.shape != b.shape or np.abs(a - b).max() > 1e-6
-  return a != b
 
 
 @pytest.mark.parametrize('cls,name', [
@@ -307,94 +317,17 @@ def test_every_field_changes_something(cls, name):
     change = {part: dataclasses.replace(getattr(base, part), **change)}
   changed = dataclasses.replace(base, **change)
   assert changed != base
-  assert _differs(_seen(look, base), _seen(look, changed))
+  assert helpers.differs(_seen(look, base), _seen(look, changed))
 
 
 def test_probes_name_no_field_that_is_gone():
-  for cls, probes in (*PROBES.items(), (Recipe, RECIPE_PROBES)):
+  for cls, probes in PROBES.items():
     assert set(probes) == {f.name for f in dataclasses.fields(cls)}
 
 
-# ------------------------------------------------------------------- recipe
-
-RECIPE = Recipe(steps=10, warmup_steps=2, log_steps=1, checkpoint_steps=1)
-
-
-def _rates(recipe):
-  rate = optimizer.schedule(recipe)
-  return [float(rate(i)) for i in range(12)]
-
-
-def _updates(recipe):
-  """Two updates of a parameter by a large and a small gradient."""
-  adam = optimizer.make_optimizer(recipe)
-  params = {'w': jnp.array([1.0, -2.0])}
-  state, out = adam.init(params), []
-  for grad in (jnp.array([30.0, 4.0]), jnp.array([0.01, 0.02]),
-               jnp.array([0.02, -0.01])):
-    update, state = adam.update({'w': grad}, state, params)
-    out.append(update['w'])
-  return np.stack(out)
-
-
-def _trainable(recipe):
-  return sorted(optimizer.split({'a': {'x': 1}, 'b': {'y': 2}},
-                                recipe.trainable)[0])
-
-
-def _stage_step(recipe):
-  try:
-    steps.make_step(llava.Llava(PLAIN), recipe)
-    return 'built'
-  except ConfigError as e:
-    return str(e)
-
-
-def _fresh_params(recipe):
-  params = start_params(llava.Llava(PLAIN), recipe.seed, None)
-  return np.asarray(params['language_model']['lm_head']['kernel'])
-
-
-class _Nothing:
-  """An iterator over empty batches."""
-  __next__ = get_state = lambda self: {}
-
-
-def _written(recipe):
-  """Steps in the log and among the checkpoints of a run that does nothing."""
-  step = lambda state, _: (state.replace(step=state.step + 1), {'loss': 0.0})
-  with (tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(loop, 'make_step', lambda *_: step)):
-    workdir = pathlib.Path(folder)
-    fit(llava.Llava(PLAIN), dataclasses.replace(recipe, steps=5), _Nothing(),
-        workdir, mesh=sharding.make_mesh(devices=jax.devices()[:1]),
-        tensorboard=False)
-    return ((workdir / 'metrics.jsonl').read_text().count('\n'),
-            sorted(p.name for p in (workdir / 'checkpoints').iterdir()))
-
-
-def _refusal(recipe):
-  with pytest.raises(ConfigError) as e:
-    fit(llava.Llava(PLAIN), recipe, iter(()), pathlib.Path('nowhere'))
-  return str(e.value)
-
-
-RECIPE_PROBES = {
-    'stage': ('voco', _stage_step), 'steps': (12, _rates),
-    'batch_size': (3, _refusal), 'learning_rate': (1e-3, _rates),
-    'warmup_steps': (3, _rates), 'final_learning_rate': (1e-4, _rates),
-    'b2': (0.9, _updates), 'weight_decay': (0.5, _updates),
-    'clip_norm': (0.01, _updates), 'trainable': (('a/',), _trainable),
-    'seed': (1, _fresh_params), 'teacher': ('self', _stage_step),
-    'log_steps': (3, _written), 'checkpoint_steps': (3, _written)}
-
-
-@pytest.mark.parametrize(
-    'name', [field.name for field in dataclasses.fields(Recipe)])
-def test_every_recipe_field_changes_something(name):
-  assert name in RECIPE_PROBES, f'Recipe.{name} has no probe: who reads it?'
-  value, look = RECIPE_PROBES[name]
-  base = dataclasses.replace(RECIPE, batch_size=2 if name == 'batch_size'
-                             else RECIPE.batch_size)
-  changed = dataclasses.replace(base, **{name: value})
-  assert _differs(look(base), look(changed))
+def test_remat_policies_keep_more_and_more():
+  kept = [kept_for_backward(helpers.tiny(remat=True, remat_policy=policy)) for policy in (
+      'nothing_saveable', 'dots_with_no_batch_dims_saveable', 'dots_saveable')]
+  assert kept == sorted(set(kept))
+  with pytest.raises(ConfigError, match='remat_policy: use one of'):
+    helpers.tiny(remat_policy='everything')

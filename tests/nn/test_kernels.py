@@ -344,8 +344,8 @@ print('compiled')
 """
 
 
+@pytest.mark.tpu
 def test_splash_compiles_for_a_tpu():
-  pytest.importorskip('libtpu', reason='needs the extra [tpu-compile]')
   done = subprocess.run(
       [sys.executable, '-c', FOR_A_TPU], text=True, capture_output=True, check=False,
       env=os.environ | dict(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1',

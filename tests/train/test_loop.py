@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import core_helpers as helpers
 import jax
 import numpy as np
 import pytest
+from small_run import ATP, CONFIG, RECIPE, batches
 
 from vlm_compress import sharding
-from vlm_compress.config import AtpConfig, ConfigError, LlavaConfig, TextConfig, VisionConfig
-from vlm_compress.data.examples import Example, Turn
-from vlm_compress.data.input_pipeline import make_dataset
-from vlm_compress.data.rows import RowSpec, plain_collate, row_maker
-from vlm_compress.data.tokenizer import word_level
+from vlm_compress.config import ConfigError
 from vlm_compress.models.llava import Llava
 from vlm_compress.train import checkpoint
-from vlm_compress.train.loop import fit, start_params
-from vlm_compress.train.recipe import Recipe
-
-WORDS = 'apple dog cat red blue what is at the top left right'.split()
-TOKENIZER = word_level([' '.join(WORDS), 'USER: ASSISTANT:', '?', '.'])
-CONFIG = LlavaConfig(
-    vision=VisionConfig(image_size=4, patch_size=2, hidden_size=8,
-                        intermediate_size=8, num_hidden_layers=2,
-                        num_attention_heads=2),
-    text=TextConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=16,
-                    intermediate_size=16, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=1,
-                    max_position_embeddings=64, initializer_range=0.1))
-ATP = dataclasses.replace(CONFIG, atp=AtpConfig(
-    prune_after=(1,), target_tokens=3.0, threshold_hidden_size=4))
-RECIPE = Recipe(steps=7, batch_size=8, learning_rate=1e-2, warmup_steps=1,
-                log_steps=2, checkpoint_steps=2, seed=5)
-SPEC = RowSpec(length=24, one_turn=True)
-
-
-def _examples():
-  rng = np.random.default_rng(0)
-  return [Example(str(i), tuple(
-      Turn(f'what is at the {side}?', str(rng.choice(WORDS)))
-      for side in ('left', 'right')), images=(b'picture',))
-          for i in range(21)]
-
-
-FEATURES = np.random.default_rng(1).normal(size=(21, 4, 8)).astype(np.float32)
-
-
-def _batches(config, batch_size=8, seed=5):
-  return make_dataset(
-      _examples(), row_maker(SPEC, TOKENIZER, config, FEATURES),
-      batch_size=batch_size, seed=seed, collate=plain_collate(SPEC))
+from vlm_compress.train.loop import fit
+from vlm_compress.train.preemption import Preempted
+from vlm_compress.train.state import start_params
 
 
 class _Killed(Exception):
@@ -77,11 +44,11 @@ def _one_device():
   return sharding.make_mesh(devices=jax.devices()[:1])
 
 
-def _fit(config, recipe, workdir, batches=None, **kwargs):
+def _fit(config, recipe, workdir, stream=None, **kwargs):
   workdir.mkdir(exist_ok=True)
   kwargs = dict(tensorboard=False, mesh=_one_device()) | kwargs
   return fit(Llava(config), recipe,
-             _batches(config) if batches is None else batches, workdir,
+             batches(config) if stream is None else stream, workdir,
              **kwargs)
 
 
@@ -127,7 +94,7 @@ def test_interrupted_is_uninterrupted_bit_for_bit(stage, uninterrupted,
   config = {'instruct': CONFIG, 'atp': ATP}[stage]
   recipe = dataclasses.replace(RECIPE, stage=stage)
   with pytest.raises(_Killed):
-    _fit(config, recipe, tmp_path, _KilledAt(_batches(config), 6))
+    _fit(config, recipe, tmp_path, _KilledAt(batches(config), 6))
   assert [r['step'] for r in _metrics(tmp_path)] == [2, 4]
   # what a kill can leave: a metric too many, a torn line, a torn checkpoint
   with (tmp_path / 'metrics.jsonl').open('a') as file:
@@ -137,7 +104,7 @@ def test_interrupted_is_uninterrupted_bit_for_bit(stage, uninterrupted,
   (torn / 'state' / 'garbage').write_text('x')
   lines = []
   params = _fit(config, recipe, tmp_path, message=lines.append)
-  assert any('resumed at step 4 of 7' in line for line in lines), lines
+  assert 'resumed at step 4 of 7' in lines
   whole, want = uninterrupted[stage]
   _same(helpers.flat(params), helpers.flat(want))
   assert _metrics(tmp_path) == _metrics(whole)
@@ -145,6 +112,98 @@ def test_interrupted_is_uninterrupted_bit_for_bit(stage, uninterrupted,
   ours, theirs = _final_state(tmp_path), _final_state(whole)
   assert ours[0] == theirs[0] == 7 and ours[2] == theirs[2]
   _same(ours[1], theirs[1])
+
+
+def test_a_notice_saves_and_stops(uninterrupted, tmp_path):
+  """SIGTERM in the middle of step 3, where no checkpoint is due."""
+  class Warned:
+    inner = batches(CONFIG)
+    get_state, set_state, count = inner.get_state, inner.set_state, 0
+
+    def __next__(self):
+      self.count += 1
+      if self.count == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return next(self.inner)
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(Preempted, match='step 3 of 7.*run the same command'):
+    _fit(CONFIG, RECIPE, tmp_path, Warned())
+  assert signal.getsignal(signal.SIGTERM) == before
+  lines = []
+  params = _fit(CONFIG, RECIPE, tmp_path, message=lines.append)
+  assert 'resumed at step 3 of 7' in lines
+  whole, want = uninterrupted['instruct']
+  _same(helpers.flat(params), helpers.flat(want))
+  assert _metrics(tmp_path) == _metrics(whole)
+
+
+@pytest.mark.parametrize('part', ['state', 'data', 'metadata'])
+def test_a_damaged_checkpoint_is_put_aside(part, uninterrupted, tmp_path):
+  _fit(CONFIG, RECIPE, tmp_path, stop_after=6)
+  newest = tmp_path / 'checkpoints' / '6'
+  files = {'state': [*newest.glob('state/d/*'), *newest.glob('state/**/d/*')],
+           'data': [*newest.glob('data/*')],
+           'metadata': [*newest.glob('state/_METADATA')]}[part]
+  files = [path for path in files if path.is_file() and path.stat().st_size > 0]
+  assert files
+  for path in files:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+  lines = []
+  params = _fit(CONFIG, RECIPE, tmp_path, message=lines.append)
+  assert any('checkpoints/6 (' in x and 'damaged' in x for x in lines), lines
+  assert 'resumed at step 4 of 7' in lines
+  assert (tmp_path / 'damaged_checkpoints' / '6').is_dir()
+  whole, want = uninterrupted['instruct']
+  _same(helpers.flat(params), helpers.flat(want))
+  assert _metrics(tmp_path) == _metrics(whole)
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
+  _fit(CONFIG, RECIPE, tmp_path, stop_after=2)
+  for path in (tmp_path / 'checkpoints' / '2').glob('data/*'):
+    path.write_text('{')
+  with pytest.raises(ConfigError, match='no checkpoint can be read.*--workdir'):
+    _fit(CONFIG, RECIPE, tmp_path)
+
+
+def test_a_run_goes_on_with_other_devices(uninterrupted, tmp_path):
+  _fit(ATP, dataclasses.replace(RECIPE, stage='atp'), tmp_path, stop_after=4)
+  params = _fit(ATP, dataclasses.replace(RECIPE, stage='atp'), tmp_path,
+                mesh=sharding.make_mesh(2, 2, 2))
+  whole, want = uninterrupted['atp']
+  want = helpers.flat(want)
+  for path, value in helpers.flat(params).items():
+    helpers.close(value, want[path], 1e-5)
+  kernel = params['language_model']['layers']['mlp']['up_proj']['kernel']
+  assert len(kernel.sharding.device_set) == 8
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+  recipe = dataclasses.replace(RECIPE, steps=12, checkpoint_steps=1, log_steps=1,
+                               keep_checkpoints=1, keep_best=2)
+  _fit(CONFIG, recipe, tmp_path)
+  losses = {m['step']: m['loss'] for m in _metrics(tmp_path)}
+  best = sorted(losses, key=losses.get)[:2]
+  assert {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()} == {12, *best}
+
+
+def test_a_step_is_profiled(tmp_path):
+  _fit(CONFIG, RECIPE, tmp_path, stop_after=3, profile_steps=(2, 3))
+  assert [*(tmp_path / 'tensorboard').rglob('*.xplane.pb')]
+
+
+def test_rates(tmp_path):
+  _fit(CONFIG, RECIPE, tmp_path)
+  lines = [json.loads(line) for line in
+           (tmp_path / 'throughput.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines] == [2, 4, 6, 7]
+  valid = np.mean(next(batches(CONFIG)).valid)
+  for line in lines:
+    assert line['examples_per_second'] == pytest.approx(8 * line['steps_per_second'])
+    assert line['padding_waste'] == pytest.approx(1 - valid, abs=0.1)
+    assert line['model_flops_per_second'] > 0 and line['memory_bytes'] > 1e8
+    assert 'mfu' not in line  # of a CPU nobody publishes a peak
 
 
 def test_stop_after_and_a_finished_run(uninterrupted, tmp_path):
@@ -155,7 +214,7 @@ def test_stop_after_and_a_finished_run(uninterrupted, tmp_path):
   whole, want = uninterrupted['instruct']
   assert _metrics(tmp_path) == _metrics(whole)
   before = (tmp_path / 'metrics.jsonl').read_bytes()
-  again = _fit(CONFIG, recipe, tmp_path, _KilledAt(_batches(CONFIG), 1))
+  again = _fit(CONFIG, recipe, tmp_path, _KilledAt(batches(CONFIG), 1))
   _same(helpers.flat(again), helpers.flat(want))
   assert (tmp_path / 'metrics.jsonl').read_bytes() == before
 
@@ -250,9 +309,11 @@ def test_batch_that_does_not_divide_is_refused(tmp_path):
 def test_loss_that_is_no_number_stops_the_run(tmp_path):
   given = start_params(Llava(CONFIG), 0, None)
   given['language_model']['norm']['weight'] = np.full(16, np.nan, np.float32)
-  with pytest.raises(ConfigError, match='loss is nan at step 2.*learning_rate'):
+  with pytest.raises(ConfigError, match='loss is nan at step 1;.*learning_rate'):
     _fit(CONFIG, RECIPE, tmp_path, params=given)
   assert not (tmp_path / 'metrics.jsonl').exists()
+  found = json.loads((tmp_path / 'bad_batch.json').read_text())
+  assert found['step'] == 1 and found['loss'] == 'nan'
 
 
 def test_intervals_and_event_files(tmp_path):

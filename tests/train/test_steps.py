@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from core_helpers import BOS, IMAGE, Sample, segment
 
-from vlm_compress import losses
+from vlm_compress import losses, sharding
 from vlm_compress.config import ConfigError
+from vlm_compress.data.images import clip_normalize
 from vlm_compress.models.inputs import PruneOptions
 from vlm_compress.models.sequence import split_voco
 from vlm_compress.train.optimizer import make_optimizer, schedule, split
 from vlm_compress.train.recipe import Recipe
+from vlm_compress.train.state import TrainState, make_state
 from vlm_compress.train.steps import (
   LOSSES,
-  TrainState,
+  At,
   _text_only,
+  accumulate,
   make_step,
   temperature,
   voco_loss,
@@ -28,6 +31,7 @@ from vlm_compress.train.steps import (
 
 RECIPE = Recipe(steps=30, learning_rate=1e-2, warmup_steps=2,
                 weight_decay=0.0, batch_size=3)
+START = At(jnp.int32(0), jnp.int32(0))
 PLAIN = (Sample((BOS, IMAGE, 6, 7, 8, 9), 2, seed=1),
          Sample((BOS, IMAGE, 5, 7, 10, 11), 2, seed=2), Sample((BOS, 6, 7), 1))
 COMPRESSED = (Sample((BOS, *segment(2), 6, 7, 8, 9), 2, seed=1),
@@ -53,10 +57,10 @@ def _state(params, recipe):
 
 def _train(config, recipe, batch, steps=3, teacher=None):
   model, params = helpers.build(config)
-  step = jax.jit(make_step(model, recipe, teacher))
+  step = jax.jit(make_step(model, recipe))
   state, history = _state(params, recipe), []
   for _ in range(steps):
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, teacher)
     history.append(jax.device_get(metrics))
   assert step._cache_size() == 1  # nothing recompiles
   return params, state, history
@@ -101,6 +105,84 @@ def test_nothing_frozen_changes_or_has_optimiser_state(config, recipe):
   assert moments == 2 * num_trainable
 
 
+@pytest.mark.parametrize('stage', ['instruct', 'voco', 'atp'])
+def test_a_batch_in_parts_is_the_batch(stage):
+  """Rows with one, two and many targets: parts weigh by what they hold."""
+  config = {'instruct': helpers.tiny(), 'voco': helpers.voco_config(2),
+            'atp': helpers.atp_config(lambda_target=0.0, lambda_atp=0.0)}[stage]
+  image = segment(2) if stage == 'voco' else (IMAGE,)
+  samples = [Sample((BOS, *image, 6, 7, 8, 9, 10, 11), 1 + i % 4, seed=i)
+             for i in range(6)]
+  batch = helpers.batch(samples, config, length=32, num_images=1)
+  batch = (split_voco(batch, config, 8), None) if stage == 'voco' else batch
+  recipe = dataclasses.replace(RECIPE, stage=stage, batch_size=6)
+  model, params = helpers.build(config)
+
+  def gradients(params, rows, at):
+    return jax.value_and_grad(lambda p: LOSSES[stage](model, p, rows, at, recipe),
+                              has_aux=True)(params)
+  ((loss, metrics), whole), ((parts_loss, others), parts) = (
+      jax.jit(lambda p, b, n=n: accumulate(gradients, p, b, jnp.int32(0), n))(
+          params, batch) for n in (1, 3))
+  helpers.close(parts_loss, loss, 1e-6)
+  helpers.close(others['loss_text'], metrics['loss_text'], 1e-6)
+  assert set(metrics) == set(others)
+  for path, x in helpers.flat(whole).items():
+    helpers.close(helpers.flat(parts)[path], x, 1e-5)
+  # and a step takes them
+  _, _, history = _train(config, dataclasses.replace(recipe, accumulate_steps=3),
+                         batch, steps=1)
+  helpers.close(history[0]['loss'], loss, 1e-6)
+
+
+def test_random_tokens_differ_from_part_to_part():
+  config = helpers.atp_config(selector='random', fixed_counts=(4, 2, 1))
+  seen = []
+
+  def look(trainable, rows, at):
+    jax.debug.callback(lambda d: seen.append(int(d)), at.draw)
+    return (jnp.float32(0), {}), trainable
+  batch = _plain(config)
+  accumulate(look, {'w': jnp.zeros(2)}, batch, jnp.int32(5), 3)
+  jax.effects_barrier()
+  assert sorted(set(seen)) == [15, 16, 17]
+
+
+def test_pixels_are_encoded_in_the_step():
+  """With a frozen tower; the same loss as from features made before."""
+  config = helpers.tiny()
+  model = helpers.build(config)[0]
+  recipe = dataclasses.replace(RECIPE, batch_size=2, trainable=(
+      'multi_modal_projector/', 'language_model/'))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  state = make_state(model, recipe, mesh, with_vision=True)
+  frozen = {p for p in state.frozen if p.startswith('vision_tower/')}
+  assert frozen and not any(p.startswith('vision_tower/') for p in state.trainable)
+  batch = helpers.batch([Sample((BOS, IMAGE, 6, 7, 8), 2, seed=i) for i in (1, 2)],
+                        config, length=24, num_images=1)
+  size = config.vision.image_size
+  pixels = np.random.default_rng(0).integers(0, 255, (2, 1, size, size, 3), np.uint8)
+  made = helpers.apply(model, state.params, clip_normalize(pixels),
+                       method='vision_features')
+  step = jax.jit(make_step(model, recipe))
+  before = after = state
+  for _ in range(2):  # the rate of the first step is 0
+    before, want = step(before, batch.replace(features=np.asarray(made)))
+    after, got = step(after, batch.replace(features=pixels))
+    for name in ('loss', 'grad_norm'):
+      helpers.close(got[name], want[name], 1e-5)
+  changed = _changed(state.params, after.params)
+  assert changed and not any(p.startswith('vision_tower/') for p in changed)
+  # and where the tower learns, it changes
+  recipe = dataclasses.replace(recipe, trainable=())
+  state = make_state(model, recipe, mesh, with_vision=True)
+  after, step = state, jax.jit(make_step(model, recipe))
+  for _ in range(2):
+    after, _ = step(after, batch.replace(features=pixels))
+  assert any(p.startswith('vision_tower/layers')
+             for p in _changed(state.params, after.params))
+
+
 def test_prefix_that_matches_nothing_is_refused():
   with pytest.raises(ConfigError, match="trainable='visual/'"):
     split(helpers.build(helpers.tiny())[1], ('visual/',))
@@ -113,7 +195,7 @@ def test_atp_gradients_reach_both_thresholds_of_every_module():
 
   @jax.jit
   def grads(params, batch):
-    loss = lambda p: LOSSES['atp'](model, p, batch, jnp.int32(0), recipe)[0]
+    loss = lambda p: LOSSES['atp'](model, p, batch, START, recipe)[0]
     return jax.grad(loss)(params)
   got = helpers.flat(grads(params, _plain(config)))
   for path, grad in got.items():
@@ -151,7 +233,7 @@ def test_straight_through_lets_the_loss_bring_tokens_back():
   batch = _plain(config)
 
   def loss(params, model):
-    return LOSSES['atp'](model, params, batch, jnp.int32(0), recipe)
+    return LOSSES['atp'](model, params, batch, START, recipe)
   value, slope = jax.jit(jax.value_and_grad(
       lambda p: loss(p, model)[0]))(params)
   hard, _ = model.apply(
@@ -201,7 +283,7 @@ def test_fixed_counts_have_no_budget_terms(selector='random'):
 def _voco_value(config, params, recipe, batch, teacher=None):
   model, _ = helpers.build(config)
   run = jax.jit(lambda p, t, b: jax.value_and_grad(
-      lambda p: voco_loss(model, p, b, jnp.int32(0), recipe, t),
+      lambda p: voco_loss(model, p, b, START, recipe, t),
       has_aux=True)(p))
   (loss, metrics), grads = run(params, teacher, batch)
   return float(loss), jax.device_get(metrics), grads
@@ -289,6 +371,6 @@ def test_config_threshold_shift_is_for_inference_only():
   for shift in (0.0, 2.0):
     model, params = helpers.build(helpers.atp_config(threshold_shift=shift))
     loss = jax.jit(lambda p, b, m=model: LOSSES['atp'](
-        m, p, b, jnp.int32(0), recipe))
+        m, p, b, START, recipe))
     averages.append(loss(params, batch)[1]['layer_average_tokens'])
   helpers.close(averages[0], averages[1])

@@ -17,6 +17,7 @@ import sys
 import vlm_compress
 from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
+from vlm_compress.train.preemption import Preempted
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 MOST_CORES = 8
@@ -84,7 +85,7 @@ def quickstart(argv: list[str]) -> int:
 
 
 def study(argv: list[str]) -> int:
-  """trains all methods and floors with several seeds; writes a report"""
+  """trains all methods and floors on several seeds; a report"""
   from vlm_compress.cli import study as command
   return command.main(argv)
 
@@ -95,15 +96,27 @@ def convert(argv: list[str]) -> int:
   return command.main(argv)
 
 
+def compile(argv: list[str]) -> int:
+  """says whether a recipe fits a TPU slice, and how long it takes"""
+  from vlm_compress.cli import compile as command
+  return command.main(argv)
+
+
 def export(argv: list[str]) -> int:
   """writes a model in Hugging Face's format: --from=DIR --to=DIR"""
   from vlm_compress.cli import export as command
   return command.main(argv)
 
 
-COMMANDS = {f.__name__: f for f in (quickstart, train, evaluate, generate,
-                                    compress, calibrate, benchmark, study,
-                                    convert, export)}
+def prepare_data(argv: list[str]) -> int:
+  """makes a training data set: --json=FILE --images=DIR --out=DIR"""
+  from vlm_compress.cli import prepare_data as command
+  return command.main(argv)
+
+
+COMMANDS = {f.__name__.replace('_', '-'): f for f in (
+    quickstart, train, evaluate, generate, compress, calibrate, benchmark,
+    study, convert, export, prepare_data, compile)}
 
 
 def usage() -> str:
@@ -248,6 +261,9 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return INTERRUPTED
+  except Preempted as notice:
+    print(notice, file=sys.stderr)
+    return OK
   except Exception as error:
     message = describe(error, rest)
     if message is None:

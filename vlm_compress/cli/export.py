@@ -4,13 +4,15 @@
 
 Writes what transformers opens as LlavaForConditionalGeneration and, where there
 is a tokenizer, with AutoProcessor.  Parameters that the format has no place for
-are named and written beside it, where convert finds them again.
+are named and written beside it, where convert finds them again; LoRA adapters
+are merged into the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 
 from vlm_compress.cli.arguments import Parser
 from vlm_compress.cli.progress import byte_progress
@@ -35,6 +37,10 @@ def main(argv: list[str]) -> int:
   plan = to_hf.make_plan(args.source)
   with byte_progress('exporting', plan.nbytes) as advance:
     to_hf.export(plan, args.to, copy_from=args.source, advance=advance)
+  if plan.lora is not None:
+    print(f'note: LoRA adapters (rank {plan.lora.rank}, '
+          f'{", ".join(plan.lora.targets)}) were merged into the weights',
+          file=sys.stderr)
   if plan.tokens.extra_rows:
     print(f'note: id {plan.config.image_token_index} was added to the '
           'vocabulary as the image placeholder, with zero weights')

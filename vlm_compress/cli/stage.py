@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlm_compress.atomic import write_text
@@ -18,20 +23,31 @@ from vlm_compress.cli.workspace import (
   Split,
   check_tower,
   model_config,
+  reads_pixels,
   tokenizer_for,
 )
-from vlm_compress.config import ConfigError, LlavaConfig, VisionConfig, check, from_dict
-from vlm_compress.convert.files import WEIGHTS, load_params, save_model
+from vlm_compress.config import ConfigError, LlavaConfig, VisionConfig, check
+from vlm_compress.config_values import from_dict
+from vlm_compress.convert.files import WEIGHTS, load_config, load_params, save_model
+from vlm_compress.convert.lora import merge
 from vlm_compress.convert.processor import Processor
-from vlm_compress.data.input_pipeline import make_dataset
+from vlm_compress.data.buckets import Schedule, padding, plain_padding
+from vlm_compress.data.input_pipeline import make_bucketed, make_dataset
+from vlm_compress.data.lengths import row_lengths
+from vlm_compress.data.prepared import PreparedSource
 from vlm_compress.data.rows import RowSpec, plain_collate, row_maker, voco_collate
 from vlm_compress.data.tokenizer import Tokenizer
 from vlm_compress.models.llava import Llava
+from vlm_compress.sharding import MeshSpec, make_mesh
 from vlm_compress.train.checkpoint import claim_workdir
-from vlm_compress.train.loop import fit
+from vlm_compress.train.loop import check_mesh, data_share, fit
 from vlm_compress.train.recipe import Recipe
+from vlm_compress.train.state import Given
 
+_MEASURED_HERE = 5000  # rows; for fewer of them no processes are started
 SECTIONS = ('model', 'data', 'rows', 'train', 'eval', 'init_from')
+OPTIONAL = ('mesh',)
+_NETWORK_DISK_SECONDS = 30  # until a file of another host is seen, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Stage:
     num_test: evaluation, pictures.
     headline: kinds whose questions make the accuracy of a result row.
     init_from: a model directory, or '' to start fresh.
+    mesh: devices; a run may go on with others.
   """
   model: dict[str, Any]
   data: DataSpec
@@ -54,6 +71,7 @@ class Stage:
   num_test: int
   headline: tuple[str, ...]
   init_from: str
+  mesh: MeshSpec = MeshSpec()
 
 
 def _dataclass(cls: type, values: dict[str, Any], section: str) -> Any:
@@ -78,8 +96,9 @@ def bridge(config: ConfigDict) -> Stage:
       sections that do not fit each other.
   """
   values = config.to_dict()
-  unknown = sorted(set(values) - set(SECTIONS))
-  check(not unknown, f'unknown config section(s) {unknown}; known: {SECTIONS}')
+  unknown = sorted(set(values) - {*SECTIONS, *OPTIONAL})
+  check(not unknown, f'unknown config section(s) {unknown}; known: '
+        f'{(*SECTIONS, *OPTIONAL)}')
   missing = sorted(set(SECTIONS) - set(values))
   check(not missing, f'config section(s) {missing} are missing')
   data = dict(values['data'])
@@ -98,7 +117,8 @@ def bridge(config: ConfigDict) -> Stage:
         rows=_dataclass(RowSpec, rows, 'rows'),
         recipe=_dataclass(Recipe, values['train'], 'train'),
         per_kind=dict(ev['per_kind']), num_test=ev['num_test'],
-        headline=tuple(ev['headline']), init_from=values['init_from'])
+        headline=tuple(ev['headline']), init_from=values['init_from'],
+        mesh=_dataclass(MeshSpec, values.get('mesh', {}), 'mesh'))
   except KeyError as e:
     raise ConfigError(f'config field {e} is missing') from e
   lost = sorted(set(stage.headline) - {
@@ -110,9 +130,17 @@ def bridge(config: ConfigDict) -> Stage:
   check(stage.recipe.stage != 'atp' or stage.rows.one_turn,
         'train.stage="atp" needs rows.one_turn=True: at inference the '
         'thresholds come from the first question alone')
-  check_tower(stage.data, from_dict(stage.model.get('vision', {}),
-                                    VisionConfig), 'config.model')
+  vision = vision_of(stage)
+  check_tower(stage.data, vision, 'config.model', pixels=True)
+  check(reads_pixels(vision) or stage.rows.image_aspect_ratio == 'pad',
+        'config.rows.image_aspect_ratio: frozen features are of padded '
+        'pictures; use "pad"')
   return stage
+
+
+def vision_of(stage: Stage) -> VisionConfig:
+  """The tower of the stage's model."""
+  return from_dict(stage.model.get('vision', {}), VisionConfig)
 
 
 def _check_voco_rows(stage: Stage) -> None:
@@ -141,25 +169,79 @@ def describe(stage: Stage) -> dict[str, Any]:
           'exist; train that model first or name another directory')
     with open(path, 'rb') as file:
       digest = 'sha256:' + hashlib.file_digest(file, 'sha256').hexdigest()
-  return {**dataclasses.asdict(stage), 'init_from': digest}
+  values = {**dataclasses.asdict(stage), 'init_from': digest}
+  del values['mesh']
+  return values
 
 
 def stage_batches(stage: Stage, config: LlavaConfig, split: Split,
-                  tokenizer: Tokenizer) -> Any:
-  """The grain iterator of a stage."""
+                  tokenizer: Tokenizer, message: Message | None = None,
+                  share: tuple[int, int] = (0, 1)) -> Any:
+  """The iterator of a stage: this process's part of every batch.
+
+  Args:
+    stage: what to do.
+    config: of the model.
+    split: training data.
+    tokenizer: of the model.
+    message: called with lines for the user; None prints nothing.
+    share: which part of how many, see `data_share`.
+
+  Raises:
+    ConfigError: the batch is too large.
+    DataError: a row cannot be made.
+  """
   rows = stage.rows
   is_voco = stage.recipe.stage == 'voco'
   collate = voco_collate(rows, config) if is_voco else plain_collate(rows)
   transform = row_maker(rows, tokenizer, config, split.features,
                         with_uncompressed=stage.recipe.teacher != 'none')
+  # Pictures are decoded in threads; features and text take no time.
+  threads = 0 if split.features is not None else min(16, os.cpu_count() or 1)
+  shared = dict(collate=collate, prefetch=2, num_threads=threads,
+                process_index=share[0], process_count=share[1])
+  if rows.bucket_lengths:
+    return make_bucketed(
+        split.examples, transform,
+        _schedule(stage, config, split, tokenizer, message), **shared)
   return make_dataset(split.examples, transform, seed=stage.recipe.seed,
-                      batch_size=stage.recipe.batch_size, collate=collate,
-                      prefetch=2)
+                      batch_size=stage.recipe.batch_size // share[1], **shared)
+
+
+def _schedule(stage: Stage, config: LlavaConfig, split: Split,
+              tokenizer: Tokenizer, message: Message | None) -> Schedule:
+  """Which batch has which rows; says what is left out, and the padding."""
+  say = message or (lambda line: None)
+  recipe, source = stage.recipe, split.examples
+  many = isinstance(source, PreparedSource) and len(source) > _MEASURED_HERE
+  measured = row_lengths(
+      source, stage.rows, tokenizer, config, cache_dir=split.lengths,
+      frozen=split.features is not None, fingerprint=split.fingerprint,
+      workers=min(16, os.cpu_count() or 1) if many else 1, message=say)
+  has_image, records = measured.images > 0, np.arange(len(measured))
+  if recipe.stage == 'voco' and not has_image.all():
+    say(f'{int((~has_image).sum())} rows without a picture are left out: they '
+        'teach no compression')
+    records = np.flatnonzero(has_image)
+  lengths, buckets = measured.tokens[records], stage.rows.bucket_lengths
+  schedule = Schedule(
+      lengths, has_image[records], bucket_lengths=buckets,
+      batch_size=recipe.batch_size, seed=recipe.seed,
+      fingerprint=split.fingerprint, records=records)
+  first = schedule.plan(0)
+  say(f'{len(records)} rows, {len(first)} batches an epoch (leaves out '
+      f'{len(records) - first.rows.size} rows, which fill no batch of their '
+      f'kind); padding is {padding(lengths, first).waste:.0%} of the tokens, '
+      f'{plain_padding(lengths, first, buckets[-1]).waste:.0%} if all batches '
+      f'had {buckets[-1]}; {int((lengths > buckets[-1]).sum())} rows are cut')
+  return schedule
 
 
 def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
               message: Message, tensorboard: bool = True,
-              settings: dict[str, Any] | None = None
+              settings: dict[str, Any] | None = None,
+              allow_change: bool = False,
+              profile_steps: tuple[int, int] | None = None
               ) -> tuple[LlavaConfig, dict[str, Any], float]:
   """Trains a stage, or goes on with it, or finds it done.
 
@@ -170,6 +252,8 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
     message: called with lines for the user.
     tensorboard: write event files.
     settings: what the workdir is known by; describe(stage) by default.
+    allow_change: go on although they are others.
+    profile_steps: see `fit`.
 
   Returns:
     The model's config, its parameters, and seconds of all sittings but killed
@@ -179,31 +263,78 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
   config = model_config(stage.model, tokenizer)
   learns = stage.recipe.trainable
   check(bool(stage.init_from) or not (
-      stage.recipe.teacher == 'frozen' or learns and all(
-          prefix.startswith('atp') for prefix in learns)),
-        'a frozen teacher or a frozen decoder needs trained weights: set '
-        '--config.init_from')
+      stage.recipe.teacher == 'frozen' or config.lora is not None or
+      learns and all(prefix.startswith('atp') for prefix in learns)),
+        'a frozen teacher or a frozen decoder (as with lora) needs trained '
+        'weights: set --config.init_from')
   if not stage.init_from and stage.recipe.stage in ('voco', 'atp'):
     message(f'warning: stage {stage.recipe.stage} starts from random weights; '
             'both methods start from a trained model: --config.init_from')
-  claim_workdir(workdir, describe(stage) if settings is None else settings)
+  mesh = make_mesh(**dataclasses.asdict(stage.mesh))
+  check_mesh(config, stage.recipe, mesh)
+  _claim(workdir, lambda: describe(stage) if settings is None else settings,
+         allow_change, message)
   result, clock = workdir / 'model', workdir / 'seconds.txt'
   if (result / 'config.json').exists():  # written last
     return config, load_params(result), float(clock.read_text())
-  given = load_params(stage.init_from) if stage.init_from else None
+  given = _given(stage.init_from, config, message)
   before = float(clock.read_text()) if clock.exists() else 0.0
   started = time.perf_counter()
   try:
     params = fit(Llava(config, unroll=_unroll(config, stage.recipe.steps)),
-                 stage.recipe, stage_batches(stage, config, split, tokenizer),
-                 workdir, params=given, tensorboard=tensorboard,
-                 message=message)
+                 stage.recipe, stage_batches(
+                     stage, config, split, tokenizer, message, data_share(
+                         mesh, stage.recipe.batch_size)),
+                 workdir, params=given, mesh=mesh, tensorboard=tensorboard,
+                 message=message, profile_steps=profile_steps,
+                 with_vision=reads_pixels(config.vision))
   finally:
     seconds = before + time.perf_counter() - started
-    write_text(clock, f'{seconds:.1f}')
+    if jax.process_index() == 0:
+      write_text(clock, f'{seconds:.1f}')
   save_model(result, params, config, tokenizer,
-             processor=Processor(stage.rows.template))
-  return config, params, seconds
+             processor=Processor(stage.rows.template,
+                                 stage.rows.image_aspect_ratio))
+  multihost_utils.sync_global_devices('the model is saved')
+  return config, load_params(result), seconds
+
+
+def _given(init_from: str, config: LlavaConfig, message: Message) -> Given:
+  """Reads the parameters of init_from onto a mesh; None without it.
+
+  Adapters of another shape, scale or place than the stage's are merged: what
+  training starts from is the same model.
+  """
+  if not init_from:
+    return None
+
+  def read(mesh: Mesh) -> dict[str, Any]:
+    params, source = load_params(init_from, mesh), load_config(init_from)
+    if source.lora not in (None, config.lora):
+      message(f'LoRA adapters of {init_from} are merged into its weights')
+      params, _ = merge(params, source)
+    return params
+  return read
+
+
+def _claim(workdir: pathlib.Path, settings: Callable[[], dict[str, Any]],
+           allow_change: bool, message: Message) -> None:
+  """Marks a directory as this run's; every process must see the mark.
+
+  Raises:
+    ConfigError: it is another run's, or on a disk of one host of several.
+  """
+  if jax.process_index() == 0:
+    for change in claim_workdir(workdir, settings(), allow_change):
+      message(f'config changed: {change}')
+  multihost_utils.sync_global_devices('the workdir is claimed')
+  mark = workdir / 'config.json'
+  latest = time.monotonic() + _NETWORK_DISK_SECONDS
+  while not mark.exists() and time.monotonic() < latest:
+    time.sleep(0.5)
+  check(mark.exists(), f'--workdir={workdir}: process {jax.process_index()} '
+        'does not see what process 0 wrote there; name a folder on a disk that '
+        'all hosts share')
 
 
 def _unroll(config: LlavaConfig, steps: int) -> int:

@@ -17,21 +17,28 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from vlm_compress.cli import distributed
 from vlm_compress.cli.arguments import Parser
-from vlm_compress.cli.stage import bridge, run_stage
+from vlm_compress.cli.stage import OPTIONAL, Stage, bridge, run_stage, vision_of
 from vlm_compress.cli.workspace import open_split
 from vlm_compress.config import (
   AtpConfig,
   ConfigError,
   LlavaConfig,
+  LoraConfig,
   TextConfig,
+  VisionConfig,
   VocoConfig,
   check,
 )
 from vlm_compress.data.rows import RowSpec
+from vlm_compress.sharding import MeshSpec
+from vlm_compress.train.preemption import Preempted
 from vlm_compress.train.recipe import Recipe
 
 
@@ -45,9 +52,22 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument('--data-root', type=pathlib.Path,
                  help='where data sets and features are kept (default: the '
                  'parent of --workdir)')
+  p.add_argument('--allow-config-change', action='store_true',
+                 help='go on in a workdir that another configuration began')
+  p.add_argument('--profile-steps', type=_steps, metavar='FIRST:LAST',
+                 help='write a profiler trace of these steps for TensorBoard')
   p.add_argument('--no-tensorboard', action='store_true',
                  help='write metrics to jsonl and console only')
+  distributed.add_flags(p)
   return p
+
+
+def _steps(text: str) -> tuple[int, int]:
+  first, colon, last = text.partition(':')
+  if not (colon and first.isdigit() and last.isdigit()
+          and 1 <= int(first) <= int(last)):
+    raise argparse.ArgumentTypeError(f'{text!r} is no FIRST:LAST, such as 10:12')
+  return int(first), int(last)
 
 
 def load_module(path: str) -> Any:
@@ -101,7 +121,7 @@ def override(config: ConfigDict, flags: list[str]) -> None:
   """Applies --config.section.field=value; an unknown field raises.
 
   A value is read as Python literal where the field is no string, and must
-  have the field's type.
+  have the field's type.  Any field of model.lora turns that option on.
   """
   import ast
   for flag in flags:
@@ -109,8 +129,16 @@ def override(config: ConfigDict, flags: list[str]) -> None:
     check(name.startswith('--config.') and bool(equals),
           f'{flag}: expected --config.section.field=value')
     *sections, field = name.removeprefix('--config.').split('.')
+    model = config.get('model')
+    if (sections[:2] == ['model', 'lora'] and isinstance(model, ConfigDict)
+        and model.get('lora') is None):
+      with model.unlocked():
+        model.lora = ConfigDict()
     node = config
     for section in sections:
+      if node is config and section in OPTIONAL and section not in node:
+        with node.unlocked():
+          node[section] = ConfigDict()
       known = sorted(node) if isinstance(node, ConfigDict) else []
       check(section in known, f'{flag}: the config has no {section!r}; it has '
             f'{known or "no sections there"}')
@@ -139,8 +167,10 @@ def override(config: ConfigDict, flags: list[str]) -> None:
 def _defaults(sections: list[str]) -> dict[str, Any]:
   """Fields of the dataclass behind a section of a page."""
   cls = {'model': LlavaConfig, 'model.text': TextConfig,
-         'model.voco': VocoConfig, 'model.atp': AtpConfig, 'rows': RowSpec,
-         'train': Recipe}.get('.'.join(sections))
+         'model.vision': VisionConfig, 'model.voco': VocoConfig,
+         'model.atp': AtpConfig,
+         'model.lora': LoraConfig, 'rows': RowSpec, 'train': Recipe,
+         'mesh': MeshSpec}.get('.'.join(sections))
   if cls is None:
     return {}
   return {f.name: f.default for f in dataclasses.fields(cls)
@@ -153,11 +183,33 @@ def main(argv: list[str]) -> int:
   config = load_page(args.config)
   override(config, rest)
   stage = bridge(config)
-  console = Console(stderr=True)
+  distributed.start(args)
+  try:
+    _run(stage, args)
+  except Preempted:
+    raise
+  except Exception as error:
+    if jax.process_count() > 1:
+      distributed.fail(error)
+    raise
+  return 0
+
+
+def _run(stage: Stage, args: argparse.Namespace) -> None:
+  """The same on every process; the first one speaks."""
+  first = jax.process_index() == 0
+  console = Console(stderr=True, quiet=not first)
   say = lambda line: console.print(line, markup=False, highlight=False)
   root = args.data_root or args.workdir.absolute().parent
-  split = open_split(stage.data, stage.data.train_split, root, say)
+  if not first:  # on a shared disk the first one prepares the data for all
+    multihost_utils.sync_global_devices('the data are prepared')
+  split = open_split(stage.data, stage.data.train_split, root, say,
+                     vision_of(stage))
+  if first:
+    multihost_utils.sync_global_devices('the data are prepared')
   run_stage(stage, args.workdir, split, message=say,
-            tensorboard=not args.no_tensorboard)
-  print(f'model: {args.workdir / "model"}', file=sys.stdout)
-  return 0
+            tensorboard=not args.no_tensorboard,
+            allow_change=args.allow_config_change,
+            profile_steps=args.profile_steps)
+  if first:
+    print(f'model: {args.workdir / "model"}', file=sys.stdout)

@@ -13,16 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_compress.config import LlavaConfig, VisionConfig, check, from_dict
+from vlm_compress.config import LlavaConfig, VisionConfig, check
+from vlm_compress.config_values import from_dict
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example
 from vlm_compress.data.features import cached_features
 from vlm_compress.data.llava_json import LlavaJson
+from vlm_compress.data.prepared import PreparedSource
 from vlm_compress.data.sources import open_source
 from vlm_compress.data.tokenizer import Tokenizer, load, word_level
 
 Message = Callable[[str], None]
 LLAVA_OPTIONS = ('image_folder', 'skip_bad_rows', 'verify_images')
+PREPARED_OPTIONS = ('directory', 'verify')
+# Data set -> its options, and the one that it cannot do without.
+_OPTIONS = {'llava_json': (LLAVA_OPTIONS, 'image_folder', 'the folder that the '
+                           'image paths of its rows are relative to'),
+            'prepared': (PREPARED_OPTIONS, 'directory', 'a directory that '
+                         'vlm-compress prepare-data wrote')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +38,12 @@ class DataSpec:
   """Which data a run uses.
 
   Attributes:
-    name: data set, see data/sources.py; or 'llava_json' with one picture a
-      row, whose splits are files of that format.
+    name: data set, see data/sources.py; or 'llava_json', whose splits are
+      files of that format; or 'prepared', a directory of `vlm-compress
+      prepare-data`.  Frozen features need one picture a row.
     options: settings of the data set, as (name, value) pairs; of llava_json
-      the image_folder and the other LLAVA_OPTIONS.
+      the image_folder and the other LLAVA_OPTIONS; of prepared the directory,
+      local or gs://, and whether to verify all of its shards at the start.
     image_size: side of the pictures for the vision tower, in pixels.
     train_split, test_split: in TFDS's notation.
     tokenizer: path of a tokenizer.json; '' builds a word-level one.
@@ -50,28 +60,33 @@ class DataSpec:
           '1 pixel')
     for name in ('name', 'train_split', 'test_split'):
       check(bool(getattr(self, name)), f'data.{name} is empty')
-    if self.name == 'llava_json':
+    if self.name in _OPTIONS:
+      known, needed, what = _OPTIONS[self.name]
       options = dict(self.options)
-      unknown = sorted(set(options) - set(LLAVA_OPTIONS))
-      check(not unknown, f'data.options: llava_json has no option {unknown}; '
-            f'it has {LLAVA_OPTIONS}')
-      check(isinstance(options.get('image_folder'), str),
-            'data.options.image_folder is missing: llava_json needs the '
-            'folder that the image paths of its rows are relative to')
+      unknown = sorted(set(options) - set(known))
+      check(not unknown, f'data.options: {self.name} has no option {unknown}; '
+            f'it has {known}')
+      check(isinstance(options.get(needed), str),
+            f'data.options.{needed} is missing: {self.name} needs {what}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Examples of a split with their frozen vision features.
+  """Examples of a split, with their frozen vision features if there are any.
 
   Attributes:
     examples: random access.
-    features: features[i] is float16[P, Dv] of example i.
+    features: features[i] is float16[P, Dv] of example i; None where the tower
+      reads pixels.
     attribution: to be shown with the pictures.
+    fingerprint: of the examples' content.
+    lengths: directory for the lengths of rows.
   """
   examples: Any
   features: Any
   attribution: str
+  fingerprint: str = ''
+  lengths: pathlib.Path = pathlib.Path('lengths')
 
   def __len__(self) -> int:
     return len(self.examples)
@@ -93,18 +108,27 @@ def encoder() -> tuple[Callable[[np.ndarray], np.ndarray], str]:
           f'efficientnet_lite0-{digest.hexdigest()[:16]}')
 
 
-def check_tower(spec: DataSpec, vision: VisionConfig, where: str) -> None:
-  """Whether a model can read the frozen features of the data.
+def reads_pixels(vision: VisionConfig) -> bool:
+  """Whether the tower runs in the training step, on pixels; otherwise rows
+  have frozen features."""
+  return vision.model_type == 'clip_vision_model'
+
+
+def check_tower(spec: DataSpec, vision: VisionConfig, where: str,
+                pixels: bool = False) -> None:
+  """Whether a model can read the frozen features of the data, or its pixels.
 
   Args:
     spec: the data.
     vision: the model's tower.
     where: names the model in the message.
+    pixels: a tower that reads pixels is allowed.
 
   Raises:
     ConfigError: another tower, or pictures of another size.
   """
-  check(vision.model_type == 'efficientnet_lite0',
+  check(vision.model_type == 'efficientnet_lite0' or
+        pixels and reads_pixels(vision),
         f'{where}: vision.model_type={vision.model_type!r}, but frozen '
         'features are made by EfficientNet-Lite0; set '
         'vision.model_type="efficientnet_lite0"')
@@ -113,15 +137,15 @@ def check_tower(spec: DataSpec, vision: VisionConfig, where: str) -> None:
         f'vision.image_size={vision.image_size}; they must be the same')
 
 
-def open_llava_json(path: str, options: dict[str, Any], message: Message
-                    ) -> tuple[LlavaJson, str]:
-  """A LLaVA-format file with one picture a row, and its fingerprint.
+def open_llava_json(path: str, options: dict[str, Any], message: Message,
+                    frozen: bool = True) -> tuple[LlavaJson, str]:
+  """A LLaVA-format file and its fingerprint.
 
   The fingerprint covers the file, the options, and size and time of every
   picture, so that the features of other pictures are not taken for theirs.
 
   Raises:
-    DataError: a row does not have exactly one picture.
+    DataError: frozen, and a row does not have exactly one picture.
   """
   source = LlavaJson(path, **options)
   if source.skipped:
@@ -132,39 +156,69 @@ def open_llava_json(path: str, options: dict[str, Any], message: Message
   digest.update(json.dumps(sorted(options.items())).encode())
   for index in range(len(source)):
     paths = source.image_paths(index)
-    if len(paths) != 1:
+    if frozen and len(paths) != 1:
       raise DataError(
           f'{source.row_name(index)} has {len(paths)} pictures; frozen features '
           'hold exactly one picture per row for now: leave text-only rows and '
           'rows with several pictures out of the file')
-    stat = paths[0].stat()
-    digest.update(f'{paths[0]} {stat.st_size} {stat.st_mtime_ns}\n'.encode())
+    for picture in paths:
+      stat = picture.stat()
+      digest.update(f'{picture} {stat.st_size} {stat.st_mtime_ns}\n'.encode())
   return source, digest.hexdigest()
 
 
+def open_prepared(split: str, options: dict[str, Any], frozen: bool
+                  ) -> PreparedSource:
+  """A directory that prepare-data wrote.
+
+  Raises:
+    DataError: frozen, and rows do not have exactly one picture.
+  """
+  source = PreparedSource(options['directory'], split,
+                          verify=bool(options.get('verify', False)))
+  others = source.counts['text_only'] + source.counts['several_pictures']
+  if frozen and others:
+    raise DataError(
+        f'{source.name}: {source.counts["text_only"]} rows are text only and '
+        f'{source.counts["several_pictures"]} have several pictures; frozen '
+        'features hold exactly one picture per row: prepare a file without '
+        'those rows')
+  return source
+
+
 def open_split(spec: DataSpec, split: str, root: pathlib.Path,
-               message: Message) -> Split:
+               message: Message, vision: VisionConfig | None = None) -> Split:
   """Opens a split, building the data set and its features if needed.
 
   Args:
     spec: the data.
     split: in TFDS's notation.
-    root: data sets go to root/data, features to root/features.
+    root: data sets go to root/data, features to root/features, lengths of
+      rows to root/lengths.
     message: called with lines for the user.
+    vision: the model's tower; no features are made for one that reads pixels.
+      None is a tower with frozen features.
   """
   options = dict(spec.options)
+  frozen = vision is None or not reads_pixels(vision)
+  lengths = root / 'lengths'
   if spec.name == 'llava_json':
-    source, data = open_llava_json(split, options, message)
+    source, data = open_llava_json(split, options, message, frozen)
     attribution = ''
+  elif spec.name == 'prepared':
+    source = open_prepared(split, options, frozen)
+    data, attribution = source.fingerprint, ''
   else:
     source = open_source(spec.name, root / 'data', split, options=options)
     data = source.fingerprint
     attribution = source.metadata.get('attribution', '')
+  if not frozen:
+    return Split(source, None, attribution, data, lengths)
   encode, fingerprint = encoder()
   features = cached_features(
       source, encode, f'{fingerprint}-{data}',
       root / 'features', spec.image_size, 100, message=message)
-  return Split(source, features, attribution)
+  return Split(source, features, attribution, data, lengths)
 
 
 def tokenizer_for(spec: DataSpec, examples: Any) -> Tokenizer:
@@ -191,6 +245,11 @@ def model_config(fields: dict[str, Any], tokenizer: Tokenizer) -> LlavaConfig:
   The placeholder of a VoCo token is the id behind the last word: it is never
   looked up in the embedding.
   """
-  fields = {**fields, 'voco_token_index': tokenizer.vocab_size,
-            'text': {**fields['text'], 'vocab_size': tokenizer.vocab_size}}
+  return sized_config(fields, tokenizer.vocab_size)
+
+
+def sized_config(fields: dict[str, Any], vocab_size: int) -> LlavaConfig:
+  """A model config with a vocabulary of that size; see `model_config`."""
+  fields = {**fields, 'voco_token_index': vocab_size,
+            'text': {**fields['text'], 'vocab_size': vocab_size}}
   return from_dict(fields)

@@ -63,7 +63,9 @@ def received_attention(q: jax.Array, k: jax.Array, lse: jax.Array | None,
         x, start, block_size, 1)
     block_mask = (take(mask) if not causal else mask.valid[:, None, :keys] & (
         jnp.arange(keys) <= start + jnp.arange(block_size)[:, None]))
-    return _column_sums(
+    # Recomputed for gradients: a block's probabilities are not kept, least of
+    # all by layers without a module, whose branch would fill them with zeros.
+    return jax.checkpoint(_column_sums)(
         take(q), k[:, :keys], take(lse), block_mask, take(bias),
         take(image_ids)[:, :, None] == image_ids[:, None, :keys],
         take(visual_weight) * fresh, take(prompt_weight) * fresh)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import pathlib
 
-from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
+from vlm_compress.config import ConfigError, LlavaConfig, check
+from vlm_compress.config_values import from_dict, to_dict
 from vlm_compress.convert.processor import Processor
 from vlm_compress.convert.tensors import ADAPTERS, TensorFiles
 

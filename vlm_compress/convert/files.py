@@ -19,14 +19,15 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vlm_compress import atomic, sharding
-from vlm_compress.config import ConfigError, LlavaConfig, check, from_dict, to_dict
+from vlm_compress.config import ConfigError, LlavaConfig, check
+from vlm_compress.config_values import from_dict, to_dict
 from vlm_compress.convert.preprocessor import PREPROCESSOR, PROCESSORS
 from vlm_compress.convert.processor import PROCESSOR, Processor, save_processor
-from vlm_compress.convert.tensors import FLOATS, TensorFiles
+from vlm_compress.convert.tensors import FLOATS, TensorFiles, TensorWriter
 from vlm_compress.convert.vocabulary import ADDED, ROLES, SENTENCEPIECE, TOKENIZER
 from vlm_compress.models.llava import Llava, init_params
 
@@ -47,7 +48,9 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
 
   Args:
     directory: created if absent.
-    params: parameter tree.
+    params: parameter tree; arrays that are spread over devices are brought
+      together one at a time.  With several processes all of them call this,
+      and the first one writes.
     config: of the model.
     tokenizer: anything with save(path).
     dtype: storage dtype of floating parameters; None keeps them.
@@ -55,11 +58,19 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
     copy_from: directory whose files of other formats are copied, or None.
   """
   directory = pathlib.Path(directory)
+  flat = dict(sorted(_flat(params).items()))
+  if jax.process_index() != 0:
+    for x in flat.values():
+      _whole(x)
+    return
   directory.mkdir(parents=True, exist_ok=True)
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
-  flat = {path: jnp.asarray(x, dtype or x.dtype) for path, x in flat.items()}
   with atomic.replace(directory / WEIGHTS) as temporary:
-    safetensors.flax.save_file(flat, str(temporary))
+    writer = TensorWriter(temporary, {
+        path: (x.shape, dtype or jnp.dtype(x.dtype).name)
+        for path, x in flat.items()})
+    for path, x in flat.items():
+      writer.write(path, _whole(x))
+    writer.close()
     # the disk had room: from here on this is another model, and not yet whole
     (directory / CONFIG).unlink(missing_ok=True)
   if copy_from is not None and pathlib.Path(copy_from) != directory:
@@ -70,6 +81,13 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
     save_processor(directory, processor)
   text = json.dumps(to_dict(config), indent=1)
   _replace(directory / CONFIG, lambda path: pathlib.Path(path).write_text(text))
+
+
+def _whole(x: Any) -> np.ndarray:
+  """An array on the host, also of devices that other processes have."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
 
 
 @contextlib.contextmanager

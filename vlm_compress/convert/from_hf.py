@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_compress.config import PARAM_DTYPES, LlavaConfig, check, to_dict
+from vlm_compress.config import PARAM_DTYPES, LlavaConfig, check
+from vlm_compress.config_values import to_dict
 from vlm_compress.convert import adapters, hf_config, rules, vocabulary
 from vlm_compress.convert.files import CONFIG, GENERATION, WEIGHTS, abstract_params, new_directory
 from vlm_compress.convert.gguf_files import GgufFile

@@ -1,8 +1,9 @@
 """A model directory as Hugging Face's LLaVA-1.5, one tensor at a time.
 
 What that format has no place for (ATP's heads, VoCo's row) goes to a file of
-its own beside it, and is named; a model with a resampler is refused.  All that
-transformers' processor needs is written, whatever the model was made from.
+its own beside it, and is named; LoRA adapters are merged into the weights; a
+model with a resampler is refused.  All that transformers' processor needs is
+written, whatever the model was made from.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_compress.config import LlavaConfig, check
-from vlm_compress.convert import adapters, hf_config, rules
+from vlm_compress.config import LlavaConfig, LoraConfig, check
+from vlm_compress.convert import adapters, hf_config, lora, rules
 from vlm_compress.convert.files import WEIGHTS, load_config, new_directory
 from vlm_compress.convert.from_hf import parameter_shapes
 from vlm_compress.convert.hf_tokenizer import Tokens, plan_tokens, read_object
@@ -41,6 +42,7 @@ class Plan:
   Attributes:
     source: the model's tensors.
     config: of the model as that format has it.
+    lora: adapters of the model that are merged, or None.
     pieces: their key -> (our path, layer or None, move).
     specs: their key -> (shape, dtype).
     invented: their keys of tensors that the model lost and nothing reads.
@@ -52,6 +54,7 @@ class Plan:
   """
   source: TensorFiles
   config: LlavaConfig
+  lora: LoraConfig | None
   pieces: dict[str, tuple[str, int | None, str]]
   specs: dict[str, tuple[tuple[int, ...], str]]
   invented: list[str]
@@ -84,7 +87,7 @@ def make_plan(directory: pathlib.Path) -> Plan:
   source, shapes = _weights(directory, ours)
   tokens = plan_tokens(directory, ours)
   config = dataclasses.replace(
-      ours, voco=None, atp=None, image_token_index=tokens.image_token_index,
+      ours, voco=None, atp=None, lora=None, image_token_index=tokens.image_token_index,
       text=dataclasses.replace(
           ours.text, vocab_size=ours.text.vocab_size + tokens.extra_rows))
   table = {'decoder': rules.decoder_rules(config.text.attention_bias),
@@ -112,10 +115,12 @@ def make_plan(directory: pathlib.Path) -> Plan:
       pieces[key] = target
     else:
       invented.append(key)
-  side = sorted(set(source.keys) - {path for path, _, _ in pieces.values()})
+  moved = {path for path, _, _ in pieces.values()}
+  side = [path for path in source.keys
+          if path not in moved and not lora.is_lora(path)]
   processor = load_processor(directory)
   files, notes = _processors(directory, config, tokens, processor)
-  return Plan(source, config, pieces, specs, invented, side,
+  return Plan(source, config, ours.lora, pieces, specs, invented, side,
               adapters.describe(ours, processor), tokens, files, notes)
 
 
@@ -168,6 +173,16 @@ def _processors(directory: pathlib.Path, config: LlavaConfig, tokens: Tokens,
               config, mode, tokens.image_token)}}, notes
 
 
+def _weight(plan: Plan, path: str, layer: int | None) -> np.ndarray:
+  """A parameter, of one layer or whole, with its adapter merged into it."""
+  read = lambda name: (plan.source.read(name) if layer is None
+                       else plan.source.part(name, layer))
+  pair = lora.adapter_of(path, plan.source.keys)
+  if pair is None:
+    return read(path)
+  return lora.folded(read(path), *map(read, pair), plan.lora.scale)
+
+
 def export(plan: Plan, directory: pathlib.Path, *,
            copy_from: pathlib.Path | None = None,
            advance: Callable[[int], Any] = lambda n: None) -> None:
@@ -185,9 +200,7 @@ def export(plan: Plan, directory: pathlib.Path, *,
   with new_directory(directory, copy_from) as work:
     writer = TensorWriter(work / WEIGHTS, plan.specs, {'format': 'pt'})
     for key, (path, layer, move) in plan.pieces.items():
-      value = (plan.source.read(path) if layer is None
-               else plan.source.part(path, layer))
-      value = rules.TO_THEIRS[move](value)
+      value = rules.TO_THEIRS[move](_weight(plan, path, layer))
       writer.write_rows(key, value)
       advance(value.nbytes)
     for key in plan.invented:  # the tower's last norm is lost in training

@@ -85,6 +85,45 @@ def encode(conversation: Example | Sequence[Turn], tokenizer: Tokenizer,
     raise DataError(f'{name}{e}') from e
 
 
+def expanded_length(row: EncodedRow, num_visual_tokens: int,
+                    image_token_index: int = -200) -> int:
+  """Tokens of a row when every image is its visual tokens."""
+  images = int(np.count_nonzero(row.input_ids == image_token_index))
+  return len(row) + images * (num_visual_tokens - 1)
+
+
+def truncate(row: EncodedRow, limit: int, num_visual_tokens: int,
+             image_token_index: int = -200, voco_token_index: int = 32000
+             ) -> EncodedRow:
+  """Cuts a row on the right, as LLaVA does, but never inside an image.
+
+  An image that does not fit with all its visual tokens, and with its VoCo
+  tokens if it has some, is left out with all that follows.
+
+  Args:
+    row: the row.
+    limit: tokens that may be left, visual tokens counted.
+    num_visual_tokens: of an image.
+    image_token_index, voco_token_index: the placeholders.
+
+  Returns:
+    The row itself if it fits.
+  """
+  is_image = row.input_ids == image_token_index
+  ends = np.cumsum(np.where(is_image, num_visual_tokens, 1))
+  keep = int(np.searchsorted(ends, limit, side='right'))
+  if keep == len(row):
+    return row
+  starts = np.flatnonzero(is_image)
+  for start, following in zip(starts, [*starts[1:], len(row)], strict=True):
+    vocos = np.flatnonzero(
+        row.input_ids[start:following] == voco_token_index)
+    if len(vocos) and start < keep <= start + vocos[-1]:
+      keep = int(start)
+  return EncodedRow(row.input_ids[:keep], row.loss_mask[:keep],
+                    row.turn_ids[:keep])
+
+
 def encode_pieces(pieces: Sequence[templates.Piece], tokenizer: Tokenizer,
                   image_token_index: int = -200,
                   voco_token_index: int = 32000) -> EncodedRow:

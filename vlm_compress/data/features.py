@@ -25,6 +25,7 @@ from vlm_compress import atomic
 from vlm_compress.config import check
 from vlm_compress.data import images
 from vlm_compress.data.errors import DataError
+from vlm_compress.data.progress import progress
 
 _FORMAT = 1  # of the two files; another number rebuilds them
 _CHUNK = 1 << 22  # bytes read at a time for the checksum
@@ -96,7 +97,7 @@ def cached_features(source, encode_fn: Callable[[np.ndarray], Any],
   message(f'encoding {len(source)} pictures into {path} (once)')
   try:
     os.makedirs(directory, exist_ok=True)
-    with _progress(len(source)) as advance:
+    with progress('vision features', len(source)) as advance:
       _write(path, key, batches, advance)
   except OSError as error:
     raise DataError(
@@ -192,19 +193,3 @@ def _write(path: str, key: dict[str, Any], batches: Iterator[np.ndarray],
     with contextlib.suppress(FileNotFoundError):
       os.remove(_sidecar(path))
   atomic.write_text(_sidecar(path), json.dumps(written, indent=2))
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-  """Gives a function that advances a bar; none outside a terminal."""
-  if not sys.stderr.isatty():
-    yield lambda count: None
-    return
-  import rich.console
-  import rich.progress
-  with rich.progress.Progress(
-      *rich.progress.Progress.get_default_columns(),
-      rich.progress.MofNCompleteColumn(),
-      console=rich.console.Console(stderr=True), transient=True) as bar:
-    task = bar.add_task('vision features', total=total)
-    yield lambda count: bar.advance(task, count)

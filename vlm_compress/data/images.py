@@ -225,9 +225,11 @@ def clip_pixels(image: Image.Image, size: int, mode: str = 'pad') -> np.ndarray:
   return np.asarray(resize_and_crop(image, size))
 
 
-def clip_normalize(pixels: np.ndarray) -> np.ndarray:
-  """uint8[..., 3] -> float32[..., 3], the scale that CLIP was trained with."""
-  scaled = np.asarray(pixels, np.float32) * np.float32(1 / 255)
+def clip_normalize(pixels: Any) -> Any:
+  """uint8[..., 3] -> float32[..., 3], the scale that CLIP was trained with;
+  numpy arrays, or jax arrays in a program.
+  """
+  scaled = pixels.astype(np.float32) * np.float32(1 / 255)
   return (scaled - CLIP_MEAN) / CLIP_STD
 
 

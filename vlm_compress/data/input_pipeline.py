@@ -1,6 +1,8 @@
 """The input pipeline: shuffles, shards, transforms and batches a source.
 
-Built on grain.  Three properties the training loop relies on:
+Built on grain.  `make_dataset` gives batches of one length; `make_bucketed`
+gives batches of several lengths (data/buckets.py).  Three properties the
+training loop relies on:
 
 * Everything random follows from (seed, epoch, record index): the order of an
   epoch and the generator a row is made with.  It does not depend on batch
@@ -13,6 +15,7 @@ Built on grain.  Three properties the training loop relies on:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +23,8 @@ import grain
 import numpy as np
 
 from vlm_compress.config import check
+from vlm_compress.data.buckets import Schedule
+from vlm_compress.data.errors import DataError
 
 # Row of one example, or None to leave it out.
 Transform = Callable[[int, Any, np.random.Generator], Any]
@@ -112,3 +117,97 @@ def _check(source, batch_size, num_epochs, process_index, process_count,
     check(share >= batch_size,
           f'batch_size={batch_size} is more than the {share} rows there are '
           'per process; use a smaller one, or drop_remainder=False')
+
+
+class BucketedBatches:
+  """Iterator over batches of several lengths; see `make_bucketed`.
+
+  Its state is a number of batches, and so does not depend on the number of
+  processes or threads.
+  """
+
+  def __init__(self, start_at: Callable[[int], grain.DatasetIterator],
+               digest: str):
+    """Takes a function of a batch's number that gives an iterator from it on,
+    and a digest of all that decides which batch has which rows."""
+    self._start_at, self._digest = start_at, digest
+    self._count, self._inner = 0, None
+
+  def __iter__(self) -> BucketedBatches:
+    return self
+
+  def __next__(self) -> Any:
+    if self._inner is None:
+      self._inner = self._start_at(self._count)
+    batch = next(self._inner)
+    self._count += 1
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, as JSON types."""
+    return {'batches': self._count, 'plan': self._digest}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on with the very next batch.
+
+    Raises:
+      DataError: the state is of other data, seed, batch size or buckets.
+    """
+    if state.get('plan') != self._digest:
+      raise DataError('the checkpoint was made with other data, tokenizer, '
+                      'seed, batch size or buckets: which rows it has seen is '
+                      'not known; use those it was made with, or another '
+                      '--workdir')
+    if self._inner is not None:
+      self._inner.close()
+    self._count, self._inner = int(state['batches']), None
+
+
+def make_bucketed(source, transform: Transform, schedule: Schedule, *,
+                  collate: Callable[[Sequence[Any], int], Any],
+                  num_epochs: int | None = None, process_index: int = 0,
+                  process_count: int = 1, num_threads: int = 0,
+                  prefetch: int = 0) -> BucketedBatches:
+  """Makes an iterator over batches of rows of one modality and similar length.
+
+  Args:
+    source, num_epochs, process_index, process_count, num_threads, prefetch:
+      as of `make_dataset`.
+    transform: as there; it leaves nothing out.
+    schedule: which batch has which rows.  Its batches are of all processes
+      together, each of which takes its consecutive part of them.
+    collate: (rows, length) -> batch.
+
+  Raises:
+    ConfigError: impossible numbers.
+  """
+  batch_size = schedule.batch_size
+  _check(source, batch_size, num_epochs, process_index, process_count, False)
+  check(batch_size % process_count == 0,
+        f'batch_size={batch_size} does not divide over {process_count} '
+        'processes')
+  share = batch_size // process_count
+  end = (sys.maxsize // 2 if num_epochs is None
+         else num_epochs * schedule.batches_per_epoch * share)
+
+  def make_row(position: int) -> tuple[int, Any]:
+    batch, slot = divmod(position, share)
+    epoch, length, rows = schedule.batch(batch)
+    index = int(rows[process_index * share + slot])
+    generator = row_generator(schedule.seed, epoch, index)
+    return length, transform(index, source[index], generator)
+
+  def start_at(batch: int) -> grain.DatasetIterator:
+    dataset = grain.MapDataset.range(batch * share, end).map(make_row)
+    dataset = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads,
+                          prefetch_buffer_size=4 * num_threads))
+    dataset = dataset.batch(
+        share, drop_remainder=True,
+        batch_fn=lambda rows: collate([row for _, row in rows], rows[0][0]))
+    if prefetch:
+      dataset = grain.experimental.ThreadPrefetchIterDataset(
+          dataset, prefetch_buffer_size=prefetch)
+    return iter(dataset)
+
+  return BucketedBatches(start_at, schedule.digest)

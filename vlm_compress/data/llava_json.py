@@ -40,8 +40,16 @@ class SkippedRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-  """A checked row; `names` are image paths below the image folder."""
+class LlavaRow:
+  """A checked row.
+
+  Attributes:
+    index: its place in the file, from 0.
+    row_id: its `id`, of any JSON type; the index where it has none.
+    names: paths of its images, relative to the image folder.
+    turns: the conversation.
+    extra: its other fields.
+  """
   index: int
   row_id: Any
   names: tuple[str, ...]
@@ -80,10 +88,10 @@ class LlavaJson:
       raise FileNotFoundError(
           f'image folder {self.image_folder} does not exist')
     self.skipped: list[SkippedRow] = []
-    self._rows: list[_Row] = []
-    for index, raw in enumerate(_read_list(self.path)):
+    self._rows: list[LlavaRow] = []
+    for index, raw in enumerate(read_rows(self.path)):
       try:
-        row = _check_row(index, raw)
+        row = check_row(index, raw)
         for name in row.names:
           self._check_image(name, verify_images)
         self._rows.append(row)
@@ -193,8 +201,13 @@ def pair_turns(conversations: Any) -> tuple[Turn, ...]:
                in zip(messages[::2], messages[1::2], strict=False))
 
 
-def _read_list(path: str) -> list[Any]:
-  """The rows of a JSON file."""
+def read_rows(path: str) -> list[Any]:
+  """The rows of a JSON file, unchecked.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    DataError: it is no JSON list.
+  """
   if not os.path.isfile(path):
     raise FileNotFoundError(f'data file {path} does not exist')
   try:
@@ -230,8 +243,16 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   return result
 
 
-def _check_row(index: int, raw: Any) -> _Row:
-  """A row whose fields, image paths and `<image>` markers are right."""
+def check_row(index: int, raw: Any) -> LlavaRow:
+  """A row whose fields, image paths and `<image>` markers are right.
+
+  Args:
+    index: its place in the file, from 0.
+    raw: an element of what `read_rows` gives.
+
+  Raises:
+    DataError: something is wrong with it; the message does not say where.
+  """
   if not isinstance(raw, dict):
     raise DataError(f'is a JSON {type(raw).__name__}; it must be an object '
                     "with the fields 'id' and 'conversations'")
@@ -251,7 +272,7 @@ def _check_row(index: int, raw: Any) -> _Row:
                     'only questions may carry images')
   extra = {k: v for k, v in raw.items()
            if k not in ('id', 'image', 'conversations')}
-  return _Row(index, raw.get('id', index), names, turns, extra)
+  return LlavaRow(index, raw.get('id', index), names, turns, extra)
 
 
 def _image_names(value: Any) -> tuple[str, ...]:

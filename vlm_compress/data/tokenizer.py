@@ -14,6 +14,8 @@ same id in a question and in an answer.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -84,6 +86,12 @@ class Tokenizer:
 
   def __reduce__(self):
     return _unpack, (self._json, self._strict, self._roles)
+
+  @property
+  def fingerprint(self) -> str:
+    """Hexadecimal digest of all that decides how text is encoded."""
+    parts = (self._json, self._strict, dataclasses.astuple(self._roles))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
   def _special(self, token: str) -> int:
     token_id = self._first.token_to_id(token)

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_compress.config import LlavaConfig, to_dict
+from vlm_compress.config import LlavaConfig
+from vlm_compress.config_values import to_dict
 
 # Part of every key; another number when the same model leaves other keys and
 # values of a picture than before.
@@ -29,7 +30,7 @@ FORMAT = 'vlm_compress vision cache 1'
 # change under an entry: how something is computed (rounding aside), limits,
 # and what only training reads.  A field that is not here counts.
 NEUTRAL = {
-    '': ('remat', 'attention_implementation'),
+    '': ('remat', 'remat_policy', 'attention_implementation'),
     'text': ('max_position_embeddings', 'initializer_range'),
     'voco': ('distill_weight',),
     'atp': ('capacities', 'init_theta_r', 'init_theta_s', 'straight_through',
@@ -87,6 +88,8 @@ def pixels_hash(pixels: np.ndarray) -> str:
 def config_hash(config: LlavaConfig) -> str:
   """SHA-256 of the config without the fields in NEUTRAL."""
   values = to_dict(config)
+  if values['lora'] is None:  # a younger field: keys of older entries stay
+    del values['lora']
   for section, names in NEUTRAL.items():
     part = values.get(section) if section else values
     for name in names if part is not None else ():

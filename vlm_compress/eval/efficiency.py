@@ -4,7 +4,9 @@ A compiler counts the body of a scan once and a kernel hides what it skips, so
 the costs in reports come from these formulas.  A multiply-add is 2 FLOPs.
 Matrix products and the query-key products are counted; norms, activations,
 softmax, RoPE, biases and the embedding look-up are not (below 1 % together at
-7B).  Counted per image or row; averages over instances are the caller's, who
+7B).  LoRA adapters count as merged, as an export has them; run beside their
+kernels they add 2 R (in + out) per token and adapted projection of rank R.
+Counted per image or row; averages over instances are the caller's, who
 passes kept tokens of every instance as the leading axes: attention grows with
 the square of the length, so the cost of the mean is not the mean cost.
 

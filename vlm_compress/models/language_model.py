@@ -16,7 +16,7 @@ class LanguageModel(nn.Module):
   """Decoder over embeddings.
 
   Attributes:
-    config: the text part, dtypes and remat are read.
+    config: the text part, lora, dtypes and remat are read.
     unroll: see LayerStack.
   """
   config: LlavaConfig
@@ -32,8 +32,10 @@ class LanguageModel(nn.Module):
         embedding_init=nn.with_logical_partitioning(
             nn.initializers.normal(text.initializer_range),
             ('vocab', 'embed')))
-    self.stack = LayerStack(text, dtype, param_dtype, self.config.remat,
-                            self.unroll, self.config.attention_implementation)
+    remat = self.config.remat_policy if self.config.remat else None
+    self.stack = LayerStack(text, dtype, param_dtype, remat,
+                            self.unroll, self.config.attention_implementation,
+                            self.config.lora)
     nn.share_scope(self, self.stack)
     self.norm = RMSNorm(text.rms_norm_eps, param_dtype)
     if not text.tie_word_embeddings:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_compress.compress import atp
-from vlm_compress.config import TextConfig
+from vlm_compress.config import LoraConfig, TextConfig
 from vlm_compress.models.llama import DecoderLayer
 from vlm_compress.nn.attention import attention_probs
+from vlm_compress.nn.masks import Causal
 from vlm_compress.nn.rope import rope
 
 
@@ -27,7 +28,8 @@ class StackInputs:
 
   Attributes:
     positions: int32[B, T].
-    mask: bool[B, T, T], among this row's tokens.
+    mask: bool[B, T, T], among this row's tokens; or Causal, where nothing
+      below is set.
     read_shift: int32[B, T] or None: text reads a token's key at its position
       plus this.  Only rows with several compressed images need it.
     reads: bool[B, T], queries that read at shifted positions.
@@ -36,7 +38,7 @@ class StackInputs:
     collect: attention maps of every layer are returned (analysis).
   """
   positions: jax.Array
-  mask: jax.Array
+  mask: jax.Array | Causal
   read_shift: jax.Array | None = None
   reads: jax.Array | None = None
   earlier_mask: jax.Array | None = None
@@ -68,6 +70,7 @@ class _Body(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   implementation: str
+  lora: LoraConfig | None
 
   @nn.compact
   def __call__(self, carry, per_layer, shared):
@@ -88,7 +91,7 @@ class _Body(nn.Module):
       readable = shared.earlier_mask & earlier_keep[:, None, :]
       mask = jnp.concatenate([readable, mask], axis=2)
     layer = DecoderLayer(self.config, self.dtype, self.param_dtype,
-                         self.implementation)
+                         self.implementation, self.lora)
     nn.share_scope(self, layer)
     x, (q, k, v, lse) = layer(x, shared.positions, mask, bias, earlier,
                          shared.read_shift, keep)
@@ -133,17 +136,20 @@ class LayerStack(nn.Module):
   Attributes:
     config: sizes.
     dtype, param_dtype: of activations and of parameters.
-    remat: recompute layers in the backward pass.
+    remat: layers are recomputed in the backward pass, but for what this policy
+      of jax.checkpoint_policies keeps; None keeps all.
     unroll: layers per scan step; M makes a program without a loop, in which
       the compiler counts every FLOP.
     implementation: of attention; see nn.kernels.
+    lora: adapters, or None.
   """
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
-  remat: bool = False
+  remat: str | None = None
   unroll: int = 1
   implementation: str = 'auto'
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, shared: StackInputs,
@@ -165,8 +171,9 @@ class LayerStack(nn.Module):
     prune_after = shared.prune.config.prune_after if shared.prune else ()
     schedule = jnp.asarray(module_schedule(prune_after, num_layers))
     body = _Body
-    if self.remat:
-      body = nn.remat(body, prevent_cse=False)
+    if self.remat is not None:
+      body = nn.remat(body, prevent_cse=False,
+                      policy=getattr(jax.checkpoint_policies, self.remat))
     scan = nn.scan(body, variable_axes={'params': 0},
                    split_rngs={'params': True},
                    in_axes=(0, nn.broadcast), out_axes=0, length=num_layers,
@@ -175,7 +182,7 @@ class LayerStack(nn.Module):
     state = atp.initial_state(shared.prune) if shared.prune else None
     (x, state), (k, v, entering, maps) = scan(
         self.config, self.dtype, self.param_dtype, self.implementation,
-        name='layers')(
+        self.lora, name='layers')(
             (x, state), (schedule, earlier, earlier_keep), shared)
     return x, StackOutputs(keys=k, values=v, entering=entering, prune=state,
                            attention=maps)

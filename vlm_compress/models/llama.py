@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_compress.config import TextConfig
+from vlm_compress.config import LoraConfig, TextConfig
 from vlm_compress.nn.attention import attention_and_lse
 from vlm_compress.nn.linear import linear
 from vlm_compress.nn.norms import RMSNorm
@@ -34,6 +34,18 @@ class LayerState(NamedTuple):
   lse: jax.Array
 
 
+def _projection(layer: Attention | MLP, features: int,
+                axes: tuple[str, str], name: str, use_bias: bool = False
+                ) -> nn.Dense:
+  """A projection of a layer, with its adapter if it is a target of LoRA."""
+  lora = layer.lora
+  adapted = lora is not None and name in lora.targets
+  return linear(features, axes, name=name, std=layer.config.initializer_range,
+                use_bias=use_bias, dtype=layer.dtype,
+                param_dtype=layer.param_dtype,
+                low_rank=(lora.rank, lora.scale) if adapted else None)
+
+
 class Attention(nn.Module):
   """Self-attention over earlier keys and this row's own.
 
@@ -41,11 +53,13 @@ class Attention(nn.Module):
     config: sizes.
     dtype, param_dtype: of activations and of parameters.
     implementation: of attention; see nn.kernels.
+    lora: adapters, or None.
   """
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   implementation: str = 'auto'
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x, positions, mask, bias, earlier, read_shift, keep,
@@ -56,9 +70,8 @@ class Attention(nn.Module):
     N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.size_per_head
 
     def project(heads, name, axis):
-      dense = linear(heads * H, ('embed', axis), name=name,
-                     std=cfg.initializer_range, use_bias=cfg.attention_bias,
-                     dtype=self.dtype, param_dtype=self.param_dtype)
+      dense = _projection(self, heads * H, ('embed', axis), name,
+                          cfg.attention_bias)
       return dense(x).reshape(B, T, heads, H)
 
     q = rope(project(N, 'q_proj', 'heads'), positions, cfg.rope_theta)
@@ -81,31 +94,27 @@ class Attention(nn.Module):
     out, lse = attention_and_lse(q, all_k, all_v, mask, bias, keep,
                                  self.implementation)
     out = out.reshape(B, T, N * H)
-    out = linear(cfg.hidden_size, ('heads', 'embed'), name='o_proj',
-                 std=cfg.initializer_range, dtype=self.dtype,
-                 param_dtype=self.param_dtype)(out)
+    out = _projection(self, cfg.hidden_size, ('heads', 'embed'), 'o_proj')(out)
     return out, LayerState(q, k, v, lse)
 
 
 class MLP(nn.Module):
-  """SwiGLU: down(silu(gate(x)) * up(x))."""
+  """SwiGLU: down(silu(gate(x)) * up(x)); attributes as of Attention."""
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x):
     """float[B, T, D] -> float[B, T, D]."""
     cfg = self.config
-    wide = lambda name: linear(
-        cfg.intermediate_size, ('embed', 'mlp'), name=name,
-        std=cfg.initializer_range, dtype=self.dtype,
-        param_dtype=self.param_dtype)(x)
+    wide = lambda name: _projection(
+        self, cfg.intermediate_size, ('embed', 'mlp'), name)(x)
     hidden = jax.nn.silu(wide('gate_proj')) * wide('up_proj')
     hidden = constrain(hidden, 'batch', 'length', 'mlp')
-    return linear(cfg.hidden_size, ('mlp', 'embed'), name='down_proj',
-                  std=cfg.initializer_range, dtype=self.dtype,
-                  param_dtype=self.param_dtype)(hidden)
+    return _projection(self, cfg.hidden_size, ('mlp', 'embed'),
+                       'down_proj')(hidden)
 
 
 class DecoderLayer(nn.Module):
@@ -115,11 +124,13 @@ class DecoderLayer(nn.Module):
     config: sizes.
     dtype, param_dtype: of activations and of parameters.
     implementation: of attention; see nn.kernels.
+    lora: adapters, or None.
   """
   config: TextConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   implementation: str = 'auto'
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x, positions, mask, bias=None, earlier=None,
@@ -146,7 +157,8 @@ class DecoderLayer(nn.Module):
       float[B, T, D] and LayerState.
     """
     cfg = self.config
-    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype,
+                 lora=self.lora)
     norm = lambda name: RMSNorm(cfg.rms_norm_eps, self.param_dtype, name=name)
     attended, state = Attention(
         cfg, name='self_attn', implementation=self.implementation, **kinds)(

@@ -31,7 +31,7 @@ from vlm_compress.models.projector import Projector
 from vlm_compress.models.sequence import TEXT, VISUAL, VOCO, Batch, VocoBatch
 from vlm_compress.nn.kv_cache import KVCache, append
 from vlm_compress.nn.linear import linear
-from vlm_compress.nn.masks import causal_mask
+from vlm_compress.nn.masks import Causal, causal_mask
 from vlm_compress.nn.rope import rope
 from vlm_compress.sharding import constrain
 
@@ -120,7 +120,13 @@ class Llava(nn.Module):
     rows = self.voco_embedding.shape[0]
     return self.voco_embedding[jnp.clip(slots, 0, rows - 1)]
 
-  def _mask(self, batch: Batch, mask: str) -> jax.Array:
+  def _mask(self, batch: Batch, mask: str, stored: bool) -> jax.Array | Causal:
+    """The mask of a row; without turns a causal one need not be stored."""
+    if mask == 'causal' and batch.turn_ids is None:
+      causal = Causal(batch.valid)
+      return causal.dense(batch.valid.shape[1]) if stored else causal
+    if batch.turn_ids is None:
+      batch = batch.replace(turn_ids=jnp.zeros_like(batch.token_types))
     if mask == 'causal':
       return causal_mask(batch.valid, batch.turn_ids)
     check(mask == 'voco' and self.config.voco is not None,
@@ -172,7 +178,8 @@ class Llava(nn.Module):
     several = mask == 'voco' and batch.features.shape[1] > 1
     shift = batch.read_positions - batch.positions if several else None
     shared = StackInputs(
-        positions=batch.positions, mask=self._mask(batch, mask),
+        positions=batch.positions,
+        mask=self._mask(batch, mask, collect or prune is not None),
         read_shift=shift,
         reads=batch.image_ids == 0 if several else None,
         prune=self.prune_inputs(batch, prune) if prune is not None else None,
@@ -205,7 +212,7 @@ class Llava(nn.Module):
     ones = jnp.ones(x.shape[:2], bool)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     _, out = self.language_model(x, StackInputs(
-        positions=positions, mask=causal_mask(ones, jnp.zeros_like(positions))))
+        positions=positions, mask=Causal(ones)))
     return voco_states(self.config, (B, I), out.keys, out.values,
                        num_voco_tokens)
 
@@ -243,7 +250,7 @@ class Llava(nn.Module):
     later = text.positions[:, :, None] > prefix.order[:, None, :]
     shared = StackInputs(
         positions=text.positions,
-        mask=causal_mask(text.valid, text.turn_ids),
+        mask=self._mask(text, 'causal', True),
         earlier_mask=later & prefix.valid[:, None, :])
     M = prefix.keys.shape[0]
     keep = jnp.broadcast_to(prefix.valid, (M, *prefix.valid.shape))

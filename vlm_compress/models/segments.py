@@ -178,7 +178,7 @@ def _layer(config: LlavaConfig, params: Any, x, positions, mask, earlier=None,
            write_at=None):
   layer = DecoderLayer(config.text, jnp.dtype(config.dtype),
                        jnp.dtype(config.param_dtype),
-                       config.attention_implementation)
+                       config.attention_implementation, config.lora)
   return layer.apply({'params': params}, x, positions, mask, None, earlier,
                      write_at=write_at)
 

@@ -35,11 +35,14 @@ class Batch:
       row with VoCo tokens.
     visual_slots: int32[B, T], which of the row's I * P visual tokens, or -1.
     voco_slots: int32[B, T], which of the image's VoCo tokens, or -1.
-    turn_ids: int32[B, T], 0 seen by all, t >= 1 sees 0 and itself.
+    turn_ids: int32[B, T], 0 seen by all, t >= 1 sees 0 and itself; None where
+      all of a row see each other.
     prompt_mask: bool[B, T], text that exists at prefill and follows an image.
     loss_mask: bool[B, T], the token is a training target.
-    features: float[B, I, P', Dv], frozen vision features.
+    features: float[B, I, P', Dv], frozen vision features; or, on the way from
+      the data to the tower, uint8[B, I, S, S, 3] pixels.
     image_valid: bool[B, I].
+    records: int32[B], number of each row's record in the data set, or None.
   """
   input_ids: np.ndarray
   token_types: np.ndarray
@@ -48,11 +51,12 @@ class Batch:
   image_ids: np.ndarray
   visual_slots: np.ndarray
   voco_slots: np.ndarray
-  turn_ids: np.ndarray
+  turn_ids: np.ndarray | None
   prompt_mask: np.ndarray
   loss_mask: np.ndarray
   features: np.ndarray
   image_valid: np.ndarray
+  records: np.ndarray | None = None
 
   @property
   def valid(self):
@@ -190,7 +194,8 @@ def make_batch(rows: Sequence[dict[str, np.ndarray]],
 
   Args:
     rows: from `expand_row`.
-    features: per row float[number of its images, P', Dv].
+    features: per row float[number of its images, P', Dv], or pixels
+      uint8[number of its images, S, S, 3], which stay uint8.
     length: T.
     num_images: I.
     pad_left: padding in front instead of behind; no result depends on it.
@@ -227,9 +232,12 @@ def _stack_images(features: Sequence[np.ndarray], num_images: int
   """Pads the images of each row to I; returns [B, I, ...] and bool[B, I]."""
   shape = next((f.shape[1:] for f in features if len(f)), None)
   check(shape is not None or num_images == 0 or features[0].ndim > 1,
-        'a batch without images needs features of shape [0, P, Dv]')
+        'a batch without images needs features of shape [0, P, Dv] or '
+        '[0, S, S, 3]')
   shape = shape if shape is not None else features[0].shape[1:]
-  out = np.zeros((len(features), num_images, *shape), np.float32)
+  pixels = all(f.dtype == np.uint8 for f in features)
+  out = np.zeros((len(features), num_images, *shape),
+                 np.uint8 if pixels else np.float32)
   valid = np.zeros((len(features), num_images), bool)
   for b, f in enumerate(features):
     check(len(f) <= num_images, f'row {b} has {len(f)} images, but batches '
@@ -277,10 +285,10 @@ def split_voco(batch: Batch, config: LlavaConfig, text_length: int
         f'text_length={text_length}')
   fields = {name: np.full((num_rows, text_length), _PAD_VALUES.get(name, 0),
                           bool if 'mask' in name else np.int32)
-            for name in ROW_FIELDS}
+            for name in ROW_FIELDS if getattr(batch, name) is not None}
   for b in range(num_rows):
     index = np.flatnonzero(is_text[b])
-    for name in ROW_FIELDS:
+    for name in fields:
       fields[name][b, :len(index)] = getattr(batch, name)[b, index]
   check(not fields['loss_mask'][:, :1].any(), 'a target stands directly '
         'behind VoCo tokens; put a newline between, which predicts it')
@@ -304,5 +312,5 @@ def split_voco(batch: Batch, config: LlavaConfig, text_length: int
     voco_positions[b, i] = value
   return VocoBatch(
       text=Batch(features=batch.features, image_valid=batch.image_valid,
-                 **fields),
+                 records=batch.records, **{'turn_ids': None, **fields}),
       segment_ids=tuple(segments[0].tolist()), voco_positions=voco_positions)

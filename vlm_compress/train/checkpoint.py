@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from vlm_compress.atomic import write_text
-from vlm_compress.config import ConfigError
+from vlm_compress.config import ConfigError, check
 
 
-def claim_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def claim_workdir(workdir: pathlib.Path, config: dict[str, Any],
+                  allow_change: bool = False) -> list[str]:
   """Marks a directory as this configuration's, or checks that it is.
 
   A directory in which nothing has been trained yet (a mistake was found in
   time) can be claimed again.
+
+  Args:
+    workdir: the directory.
+    config: plain types.
+    allow_change: go on with another configuration than the run began with.
+
+  Returns:
+    The fields that changed.
 
   Raises:
     ConfigError: the directory belongs to another configuration; the message
@@ -27,26 +39,27 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
   config = json.loads(json.dumps(config))
   if not path.exists():
     write_text(path, json.dumps(config, indent=1, sort_keys=True))
-    return
+    return []
   try:
     found = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise ConfigError(f'{path} is not readable JSON ({e}); delete the '
                       'directory or choose another --workdir') from e
-  if found != config and _is_untouched(workdir):
+  changed = differences(found, config)
+  check(not changed or allow_change or _is_untouched(workdir), f'{workdir} '
+        f'belongs to another configuration ({", ".join(changed)}); choose '
+        'another --workdir, delete this one, or go on with the other '
+        'configuration all the same: --allow-config-change')
+  if changed:
     write_text(path, json.dumps(config, indent=1, sort_keys=True))
-  elif found != config:
-    raise ConfigError(
-        f'{workdir} belongs to another configuration ('
-        f'{", ".join(differences(found, config)) or "other fields"}); choose '
-        'another --workdir or delete this one')
+  return changed
 
 
 def _is_untouched(workdir: pathlib.Path) -> bool:
   """Nothing but data, logs and an empty store of checkpoints is there."""
   entries = {p.name for p in workdir.iterdir()} - {
-      'config.json', 'seconds.txt', 'metrics.jsonl', 'tensorboard', 'data',
-      'features'}
+      'config.json', 'seconds.txt', 'metrics.jsonl', 'throughput.jsonl',
+      'tensorboard', 'data', 'features'}
   return not entries or entries == {'checkpoints'} and not any(
       (workdir / 'checkpoints').iterdir())
 
@@ -64,50 +77,150 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
 class CheckpointStore:
   """Numbered checkpoints of one run.
 
-  A checkpoint holds the train state and the position of the data iterator.
-  It appears under its final name only when complete; what a killed process
-  left behind is ignored.
+  A checkpoint holds the train state, the position of the data iterator and
+  the loss.  Everything random follows from seed and step, so there is no
+  generator to be saved.  It is written in the background, and appears under
+  its final name only when complete: what a killed process left is ignored.
+
+  Every process of a run makes one and calls the same functions.
   """
 
-  def __init__(self, directory: pathlib.Path, keep: int = 2):
-    self._manager = ocp.CheckpointManager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False),
-        item_names=('state', 'data'))
+  def __init__(self, directory: pathlib.Path, keep: int = 2,
+               keep_best: int = 0):
+    """Opens or creates the directory.
+
+    Args:
+      directory: of the checkpoints.
+      keep: newest ones that are kept.
+      keep_best: besides, so many with the lowest loss.
+    """
+    loss = lambda metrics: -metrics['loss']
+    policies = ocp.checkpoint_managers
+    self._directory = directory.absolute()
+    with self._readable('opened'):
+      self._manager = ocp.CheckpointManager(
+          self._directory, options=ocp.CheckpointManagerOptions(
+              best_fn=loss, preservation_policy=policies.AnyPreservationPolicy([
+                  policies.LatestN(keep), policies.BestN(
+                      get_metric_fn=loss, n=keep_best)])),
+          item_handlers={'state': ocp.StandardCheckpointHandler(),
+                         'data': ocp.JsonCheckpointHandler()})
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
-    """Writes a checkpoint; one that exists already is left alone."""
-    if step == self.latest_step():
-      return
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        data=ocp.args.JsonSave(data_state)))
-
-  def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-    """The newest checkpoint, with the shapes and shardings of `state`.
+  def save(self, step: int, state: Any, data_state: dict[str, Any],
+           loss: float) -> None:
+    """Begins to write a checkpoint; one that exists already is left alone.
 
     Raises:
-      ConfigError: the checkpoint holds other parameters than the model.
+      ConfigError: this one, or the one before, cannot be written.
     """
-    step = self.latest_step()
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    if step == self.latest_step():
+      return
+    with self._readable('written'):
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          data=ocp.args.JsonSave(data_state)), metrics={'loss': loss})
+
+  def wait(self) -> None:
+    """Until what was begun is complete.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    with self._readable('written'):
+      self._manager.wait_until_finished()
+
+  def restore(self, state: Any, message: Callable[[str], Any] | None = None
+              ) -> tuple[Any, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, onto the devices of `state`.
+
+    Args:
+      state: shapes, dtypes and shardings; the mesh may be another than that
+        of the run that saved.
+      message: called with a warning for one that is damaged, which is put
+        aside.
+
+    Returns:
+      State and position of the data, or None where there is no checkpoint.
+
+    Raises:
+      ConfigError: the newest one holds other parameters than the model, or
+        all are damaged.
+    """
+    damaged = []
+    while (step := self.latest_step()) is not None:
+      try:
+        self._compare(step, state)
+        found = self._manager.restore(step, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(state),
+            data=ocp.args.JsonRestore()))
+        return found['state'], found['data']
+      except ConfigError:
+        raise
+      except Exception as e:  # of tensorstore, json and the file system
+        damaged.append(f'{self._directory / str(step)} ({_line(e)})')
+        self._put_aside(step)
+        if message is not None:
+          message(f'warning: {damaged[-1]} is damaged; it is ignored, and now '
+                  f'in {self._aside}')
+    check(not damaged, f'no checkpoint can be read: {"; ".join(damaged)}; begin '
+          'anew in another --workdir')
+    return None
+
+  def _compare(self, step: int, state: Any) -> None:
+    """Parameters of a checkpoint against those of the model."""
+    saved = self._manager.item_metadata(step)['state']
+    for part in ('trainable', 'frozen'):
+      have = {path: tuple(x.shape) for path, x in (saved[part] or {}).items()}
+      want = {path: x.shape for path, x in getattr(state, part).items()}
+      other = sorted(path for path in {*have, *want}
+                     if have.get(path) != want.get(path))
+      if other:
+        raise ConfigError(
+            f'{self._directory / str(step)} does not fit this model ({part} '
+            f'{other[0]}: {have.get(other[0])} there, {want.get(other[0])} '
+            'here); use the configuration it was trained with or another '
+            '--workdir')
+
+  @property
+  def _aside(self) -> pathlib.Path:
+    return self._directory.with_name('damaged_checkpoints')
+
+  def _put_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      self._aside.mkdir(exist_ok=True)
+      target = self._aside / str(step)
+      while target.exists():
+        target = target.with_name(f'{target.name}_')
+      (self._directory / str(step)).rename(target)
+    multihost_utils.sync_global_devices(f'put aside {step}')
+    self._manager.reload()
+
+  @contextlib.contextmanager
+  def _readable(self, what: str) -> Iterator[None]:
+    """Errors of Orbax in a line, with a remedy."""
     try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract),
-          data=ocp.args.JsonRestore()))
-    except (ValueError, KeyError) as e:
-      first_line = str(e).strip().splitlines()[0]
+      yield
+    except Exception as e:
       raise ConfigError(
-          f'{self._manager.directory}/{step} does not fit this model '
-          f'({first_line}); use the configuration it was trained with or '
-          'another --workdir') from e
-    return restored['state'], restored['data']
+          f'{self._directory}: a checkpoint cannot be {what} ({_line(e)}); make '
+          'sure that there is space and that it may be written to, and run '
+          'again: it goes on from the newest complete one') from e
 
   def close(self) -> None:
-    """Waits for writes."""
-    self._manager.close()
+    """Waits for writes.
+
+    Raises:
+      ConfigError: what was begun cannot be written.
+    """
+    with self._readable('written'):
+      self._manager.close()
+
+
+def _line(error: Exception) -> str:
+  """What an error says, at most a line."""
+  lines = str(error).strip().splitlines()
+  return lines[0][:200] if lines else type(error).__name__

@@ -1,133 +1,213 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop, to be read from top to bottom.
+
+Every process of a run calls `fit` with the same arguments and its own rows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vlm_compress import sharding
-from vlm_compress.config import check
-from vlm_compress.models.llava import Llava, init_params
+from vlm_compress.config import LlavaConfig, check
+from vlm_compress.models.llava import Llava
 from vlm_compress.train.checkpoint import CheckpointStore
-from vlm_compress.train.metrics import MetricLog
-from vlm_compress.train.optimizer import make_optimizer, merge, split
+from vlm_compress.train.metrics import MetricLog, profile
+from vlm_compress.train.preemption import Notice, Preempted
 from vlm_compress.train.recipe import Recipe
-from vlm_compress.train.steps import TrainState, make_step
+from vlm_compress.train.state import (
+  Given,
+  TrainState,
+  abstract_state,
+  make_state,
+  start_params,
+)
+from vlm_compress.train.steps import make_step
+from vlm_compress.train.throughput import summary
+from vlm_compress.train.watch import Watch
+
+Message = Callable[[str], Any]
 
 
-def start_params(model: Llava, seed: int, given: dict[str, Any] | None,
-                 message=None) -> Any:
-  """Parameters to begin with: given ones, fresh ones for what is missing.
-
-  Args:
-    model: the model.
-    seed: of the fresh ones.
-    given: a parameter tree that may lack a method's own parameters, or have
-      more than the model uses.
-    message: called with a line that names what is fresh.
-
-  Returns:
-    Unboxed parameters.
+def check_mesh(config: LlavaConfig, recipe: Recipe, mesh: Mesh) -> None:
+  """Whether a model and its batches can be spread over a mesh.
 
   Raises:
-    ConfigError: a given parameter has the wrong shape.
+    ConfigError: rows or heads do not divide.
   """
-  # jitted: eager initialisation would compile every operation by itself
-  fresh = nn.unbox(jax.jit(lambda key: init_params(model, key))(
-      jax.random.key(seed)))
-  if given is None:
-    return fresh
-  new, old = split(fresh, ())[0], split(given, ())[0]
-  for path in new.keys() & old.keys():
-    check(new[path].shape == old[path].shape,
-          f'parameter {path} has shape {old[path].shape} in the checkpoint, '
-          f'but the model needs {new[path].shape}')
-  missing = sorted(new.keys() - old.keys())
-  if missing and message is not None:
-    message(f'fresh parameters: {", ".join(missing)}')
-  return merge({p: jnp.asarray(old.get(p, x)) for p, x in new.items()}, {})
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  parts = recipe.accumulate_steps
+  check(recipe.batch_size % (shards * parts) == 0,
+        f'train.batch_size={recipe.batch_size} does not divide over '
+        f'{shards} devices (mesh.data x mesh.fsdp)' + (
+            f' x train.accumulate_steps={parts}' if parts > 1 else ''))
+  for name in ('num_attention_heads', 'intermediate_size'):
+    value, tensor = getattr(config.text, name), mesh.shape['tensor']
+    check(value % tensor == 0, f'mesh.tensor={tensor} does not divide '
+          f'text.{name}={value}; use a divisor of it')
 
 
-def place_state(model: Llava, recipe: Recipe, params: Any, mesh: Mesh
-                ) -> TrainState:
-  """Splits parameters, shards them, and makes the optimiser's state."""
-  boxed = jax.eval_shape(lambda key: init_params(model, key),
-                         jax.random.key(0))
-  params = jax.device_put(params, sharding.tree_shardings(boxed, mesh))
-  # The step donates its state: never the caller's arrays.
-  params = jax.tree.map(jnp.copy, params)
-  trainable, frozen = split(params, recipe.trainable)
-  opt_state = jax.jit(make_optimizer(recipe).init)(trainable)
-  return TrainState(step=jnp.int32(0), trainable=trainable, frozen=frozen,
-                    opt_state=opt_state)
+def data_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """Which part of every batch this process reads: (index, number of parts).
+
+  Processes whose devices hold the same rows read the same part.  The rows of a
+  part need not be neighbours: on a pod, a host's chips are a square, and the
+  mesh winds through it.
+
+  Raises:
+    ConfigError: some rows of this process are another's, too, but not all.
+  """
+  held: dict[int, set[tuple[int, int, int]]] = {}
+  for device, index in sharding.batch_sharding(mesh).devices_indices_map(
+      (batch_size,)).items():
+    held.setdefault(device.process_index, set()).add(index[0].indices(batch_size))
+  return share_of(held, jax.process_index())
+
+
+def share_of(held: dict[int, set[Any]], process: int) -> tuple[int, int]:
+  """(index, number of parts) of a process, see `data_share`.
+
+  Args:
+    held: the pieces of a batch that each process's devices hold.
+    process: one of them.
+
+  Raises:
+    ConfigError: the pieces of two processes are neither the same nor others.
+  """
+  parts = sorted({tuple(sorted(pieces)) for pieces in held.values()})
+  pieces = sum(len(part) for part in parts)
+  check(pieces == len(set().union(*held.values()))
+        and pieces == len(parts) * len(parts[0]),
+        f'process {process} shares some rows of a batch with others, but not '
+        'all; choose mesh.data x mesh.fsdp as a multiple of the number of '
+        'processes, or 1')
+  return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
+def put(batch: Any, mesh: Mesh, num_parts: int) -> Any:
+  """A process's rows as one of so many parts of the batch of all processes."""
+  placed = sharding.batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
+      placed, np.asarray(x), (len(x) * num_parts, *np.shape(x)[1:])), batch)
+
+
+def first_state(model: Llava, recipe: Recipe, mesh: Mesh,
+                store: CheckpointStore, batches: Any, given: Given,
+                message: Message, with_vision: bool) -> TrainState:
+  """The state to go on from: a checkpoint, given parameters, or fresh ones."""
+  found = store.restore(abstract_state(model, recipe, mesh, with_vision), message)
+  if found is None:
+    return make_state(model, recipe, mesh, given, message, with_vision)
+  state, data_state = found
+  batches.set_state(data_state)
+  message(f'resumed at step {int(state.step)} of {recipe.steps}')
+  return state
 
 
 def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
-        params: dict[str, Any] | None = None, mesh: Mesh | None = None,
-        tensorboard: bool = True, message=None, stop_after: int | None = None
-        ) -> dict[str, Any]:
+        params: Given = None, mesh: Mesh | None = None,
+        tensorboard: bool = True, message: Message | None = None,
+        stop_after: int | None = None, with_vision: bool = False,
+        profile_steps: tuple[int, int] | None = None) -> dict[str, Any]:
   """Trains one stage, resuming where an earlier call was interrupted.
 
   Args:
     model: with the method that the stage trains.
     recipe: steps, optimiser, what learns.
-    batches: iterator with get_state and set_state (a grain iterator).
+    batches: iterator with get_state and set_state (a grain iterator), over
+      this process's part of each batch, see `data_share`.
     workdir: checkpoints and metrics go here.
-    params: to start from; fresh where None or missing.
+    params: to start from; fresh where None or missing.  A tree stays the
+      caller's; a function is called only if there is no checkpoint.
     mesh: devices; all of them along `data` by default.
-    tensorboard: write event files too.
-    message: called with lines for the user.
+    tensorboard: write event files too; message: takes lines for the user.
     stop_after: return after this many steps in all (tests of resuming).
+    with_vision: batches hold pixels, and the CLIP tower is in the state.
+    profile_steps: first and last step of a profiler trace.
 
   Returns:
-    The parameters after the last step.
+    The parameters after the last step, spread over the mesh.
+
+  Raises:
+    Preempted: SIGTERM came; there is a checkpoint of this moment.
+    ConfigError: what does not fit, or cannot be written; or the loss is no
+      number or leaps.
   """
   mesh = sharding.make_mesh() if mesh is None else mesh
-  num_shards = mesh.shape['data'] * mesh.shape['fsdp']
-  check(recipe.batch_size % num_shards == 0,
-        f'train.batch_size={recipe.batch_size} does not divide over '
-        f'{num_shards} devices (data x fsdp)')
-  with jax.set_mesh(mesh):
-    params = start_params(model, recipe.seed, params, message)
-    state = place_state(model, recipe, params, mesh)
-    store = CheckpointStore(workdir / 'checkpoints')
-    if store.latest_step() is not None:
-      state, data_state = store.restore(state)
-      batches.set_state(data_state)
-      if message is not None:
-        message(f'resumed at step {int(state.step)} of {recipe.steps}')
+  say = (lambda line: None) if message is None else message
+  check_mesh(model.config, recipe, mesh)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    store = CheckpointStore(workdir / 'checkpoints', recipe.keep_checkpoints,
+                            recipe.keep_best)
+    stack.callback(store.close)
+    state = first_state(model, recipe, mesh, store, batches, params, say,
+                        with_vision)
     first = int(state.step)
-    teacher = params if recipe.teacher == 'frozen' else None
-    step_fn = jax.jit(make_step(model, recipe, teacher), donate_argnums=0)
     last = recipe.steps if stop_after is None else min(recipe.steps, stop_after)
-    log = MetricLog(workdir, first, recipe.steps, recipe.stage, tensorboard)
-    batch_sharding = sharding.batch_sharding(mesh)
-    try:
-      for step in range(first + 1, last + 1):
-        batch = jax.device_put(next(batches), batch_sharding)
-        state, metrics = step_fn(state, batch)
-        log.step(step)
-        saves = step % recipe.checkpoint_steps == 0 or step == last
-        logs = step % recipe.log_steps == 0 or step == last
-        if saves or logs:  # no checkpoint of parameters that are lost
-          metrics = _checked(jax.device_get(metrics), step)
-        if logs:
-          log.write(step, metrics)
-        if saves:
-          store.save(step, state, batches.get_state())
-    finally:
-      log.close()
-      store.close()
-    return jax.device_get(state.params)
+    say(summary(state))
+    log = MetricLog(workdir, first, recipe, model.config, state, mesh, tensorboard)
+    stack.callback(log.close)
+    run = _stepper(model, recipe, mesh, params, with_vision)
+    tools = _Tools(store, log, stack.enter_context(Watch(workdir, recipe)),
+                   stack.enter_context(Notice(jax.process_count() == 1)))
+    for step in range(first + 1, last + 1):
+      profile(workdir, step, profile_steps)
+      state = _step(run, state, batches, step, last, recipe, tools)
+    profile(workdir, last + 1, profile_steps)
+  return state.params
 
 
-def _checked(metrics: dict[str, Any], step: int) -> dict[str, Any]:
-  check(bool(jnp.isfinite(metrics['loss'])),
-        f'the loss is {metrics["loss"]} at step {step}; lower '
-        'train.learning_rate')
-  return metrics
+class _Tools(NamedTuple):
+  """What looks at every step."""
+  store: CheckpointStore
+  log: MetricLog
+  watch: Watch
+  notice: Notice
+
+
+def _step(run: Callable, state: TrainState, batches: Any, step: int, last: int,
+          recipe: Recipe, tools: _Tools) -> TrainState:
+  """One step, and what is due behind it."""
+  batch = next(batches)
+  state, metrics = run(state, batch)
+  tools.watch.step(step, batch, metrics['loss'])
+  tools.log.step(step, batch)
+  stops = tools.notice.reached(step)
+  saves = step % recipe.checkpoint_steps == 0 or step == last or stops
+  logs = step % recipe.log_steps == 0 or step == last
+  if saves or logs:  # no checkpoint of parameters that are lost
+    metrics = tools.watch.checked(metrics)
+  if logs:
+    tools.log.write(step, metrics)
+  if saves:
+    tools.store.save(step, state, batches.get_state(), metrics['loss'])
+  if stops and step < last:
+    tools.store.wait()
+    raise Preempted(step, recipe.steps)
+  return state
+
+
+def _stepper(model: Llava, recipe: Recipe, mesh: Mesh, given: Given,
+             with_vision: bool) -> Callable[[TrainState, Any], tuple]:
+  """The compiled step, on this process's rows of a batch."""
+  step = jax.jit(make_step(model, recipe), donate_argnums=0)
+  teacher = _teacher(model, recipe, mesh, given, with_vision)
+  num_parts = data_share(mesh, recipe.batch_size)[1]
+  return lambda state, batch: step(state, put(batch, mesh, num_parts), teacher)
+
+
+def _teacher(model: Llava, recipe: Recipe, mesh: Mesh, given: Given,
+             with_vision: bool) -> Any:
+  """Parameters of a frozen teacher: those that training began with."""
+  if recipe.teacher != 'frozen':
+    return None
+  tree = given(mesh) if callable(given) else given
+  return start_params(model, recipe.seed, tree, mesh=mesh,
+                      with_vision=with_vision)

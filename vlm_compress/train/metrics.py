@@ -1,4 +1,7 @@
-"""Training metrics to TensorBoard, to a jsonl file and to the console."""
+"""Training metrics to TensorBoard, to jsonl files and to the console.
+
+Only the first process writes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
   BarColumn,
@@ -19,6 +24,12 @@ from rich.progress import (
 )
 
 from vlm_compress.atomic import write_text
+from vlm_compress.config import LlavaConfig
+from vlm_compress.train.recipe import Recipe
+from vlm_compress.train.state import TrainState
+from vlm_compress.train.throughput import Throughput
+
+_NOTED = ('loss', 'loss_text', 'layer_average_tokens', 'mfu')
 
 
 def _summary_writer(workdir: pathlib.Path):
@@ -30,25 +41,30 @@ def _summary_writer(workdir: pathlib.Path):
 
 
 class MetricLog:
-  """Scalars by step, in three places.
+  """Scalars by step, in three places, and rates beside them.
 
-  On resume, lines of metrics.jsonl behind the restored step are dropped, so
-  that an interrupted run leaves the same file as an uninterrupted one.
+  metrics.jsonl has what follows from data and seed: on resume, its lines behind
+  the restored step are dropped, so that an interrupted run leaves the same file
+  as an uninterrupted one.  Rates are in throughput.jsonl.
   """
 
-  def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int,
-               title: str, tensorboard: bool = True):
-    self._path = workdir / 'metrics.jsonl'
-    self._keep_before(first_step)
-    self._writer = _summary_writer(workdir) if tensorboard else None
-    self._title, self._num_steps = title, num_steps
+  def __init__(self, workdir: pathlib.Path, first_step: int, recipe: Recipe,
+               config: LlavaConfig, state: TrainState, mesh: Mesh,
+               tensorboard: bool = True):
+    self._path, self._rates = workdir / 'metrics.jsonl', workdir / 'throughput.jsonl'
+    self._recipe, self._writes = recipe, jax.process_index() == 0
+    self._throughput = Throughput(config, recipe, state, mesh)
+    self._writer = None
+    if self._writes:
+      self._keep_before(first_step)
+      self._writer = _summary_writer(workdir) if tensorboard else None
     console = Console(stderr=True)
     self._progress = Progress(
         TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn('eta'), TimeRemainingColumn(),
         TextColumn('{task.fields[note]}'), console=console,
-        disable=not console.is_terminal)
-    self._task = self._progress.add_task(title, total=num_steps,
+        disable=not (console.is_terminal and self._writes))
+    self._task = self._progress.add_task(recipe.stage, total=recipe.steps,
                                          completed=first_step, note='')
     self._progress.start()
 
@@ -64,24 +80,30 @@ class MetricLog:
         break  # a torn last line of a killed process
     write_text(self._path, ''.join(f'{line}\n' for line in kept))
 
-  def step(self, step: int) -> None:
-    """Moves the progress bar."""
+  def step(self, step: int, batch: Any) -> None:
+    """Moves the progress bar, and counts the rows of a step."""
+    self._throughput.step(batch)
     self._progress.update(self._task, completed=step)
 
   def write(self, step: int, scalars: dict[str, Any]) -> None:
-    """Writes scalars of a step."""
+    """Writes scalars of a step, and the rates of the steps before it."""
+    rates = self._throughput.rates()
+    if not self._writes:
+      return
     values = {name: float(value) for name, value in sorted(scalars.items())}
-    with self._path.open('a') as file:
-      file.write(json.dumps({'step': step, **values}) + '\n')
+    for path, line in ((self._path, values), (self._rates, rates)):
+      with path.open('a') as file:
+        file.write(json.dumps({'step': step, **line}) + '\n')
     if self._writer is not None:
-      self._writer.write_scalars(step, values)
-    note = ' '.join(f'{name}={values[name]:.4g}' for name in
-                    ('loss', 'loss_text', 'layer_average_tokens')
-                    if name in values)
+      self._writer.write_scalars(step, values | {
+          f'throughput/{name}': value for name, value in rates.items()})
+    shown = values | rates
+    note = ' '.join(f'{name}={shown[name]:.4g}' for name in _NOTED if name in shown)
     self._progress.update(self._task, note=note)
+    steps = self._recipe.steps
     if self._progress.disable and (
-        step == self._num_steps or step % max(self._num_steps // 5, 1) == 0):
-      print(f'{self._title} {step}/{self._num_steps} {note}', file=sys.stderr,
+        step == steps or step % max(steps // 5, 1) == 0):
+      print(f'{self._recipe.stage} {step}/{steps} {note}', file=sys.stderr,
             flush=True)
 
   def close(self) -> None:
@@ -90,3 +112,16 @@ class MetricLog:
     if self._writer is not None:
       self._writer.flush()
       self._writer.close()
+
+
+def profile(workdir: pathlib.Path, step: int,
+            steps: tuple[int, int] | None) -> None:
+  """Starts a profiler trace in front of the first of `steps`, and ends it in
+  front of the one behind the last; TensorBoard shows it.
+  """
+  if steps is None:
+    return
+  if step == steps[0]:
+    jax.profiler.start_trace(str(workdir / 'tensorboard'))
+  elif step == steps[1] + 1:
+    jax.profiler.stop_trace()

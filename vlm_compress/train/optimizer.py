@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import flax.traverse_util
@@ -28,29 +29,35 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
                   weight_decay=recipe.weight_decay))
 
 
-def split(params: Tree, prefixes: tuple[str, ...]) -> tuple[Tree, Tree]:
+def split(params: Tree, names: tuple[str, ...]) -> tuple[Tree, Tree]:
   """Parameters that learn and parameters that do not.
 
   Gradients and optimiser state exist for the first only.
 
   Args:
     params: nested parameters.
-    prefixes: path prefixes of those that learn; () is all.
+    names: of those that learn, as Recipe.trainable has them; () is all.
 
   Returns:
     Two flat dicts by path; see `merge`.
 
   Raises:
-    ConfigError: a prefix that matches nothing.
+    ConfigError: a name that matches nothing.
   """
   flat = flax.traverse_util.flatten_dict(params, sep='/')
-  for prefix in prefixes:
-    check(any(path.startswith(prefix) for path in flat),
-          f'train.trainable={prefix!r} matches no parameter; top-level names '
-          f'are {sorted(params)}')
-  learns = lambda path: not prefixes or path.startswith(prefixes)
+  for name in names:
+    check(any(_matches(path, name) for path in flat),
+          f'train.trainable={name!r} matches no parameter; a name is the start '
+          'of a path, or a pattern with * for a whole one; top-level names are '
+          f'{sorted(params)}')
+  learns = lambda path: not names or any(_matches(path, name) for name in names)
   return ({p: x for p, x in flat.items() if learns(p)},
           {p: x for p, x in flat.items() if not learns(p)})
+
+
+def _matches(path: str, name: str) -> bool:
+  """A name with a * is a pattern for the whole path, another one its start."""
+  return fnmatch.fnmatchcase(path, name) if '*' in name else path.startswith(name)
 
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:

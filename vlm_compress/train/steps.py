@@ -1,78 +1,77 @@
 """Train steps: one function per objective, nothing hidden behind a switch.
 
-Each objective maps (model, params, batch, step) to a scalar loss and metrics.
-`make_step` adds gradients and the optimiser, and is the same for all.
+Each objective maps (model, params, batch, at, recipe) to a scalar loss and
+metrics.  `make_step` adds gradients, which may be accumulated over parts of a
+batch, and the optimiser; it is the same for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from vlm_compress import losses
 from vlm_compress.config import LlavaConfig, check
+from vlm_compress.data.images import clip_normalize
 from vlm_compress.models.llava import Llava, PruneOptions
 from vlm_compress.models.sequence import Batch, VocoBatch
+from vlm_compress.sharding import constrain
 from vlm_compress.train.optimizer import make_optimizer, merge, schedule
 from vlm_compress.train.recipe import Recipe
+from vlm_compress.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class TrainState:
-  """Everything that a step changes, and the frozen parameters.
+class At(NamedTuple):
+  """Where in training a loss is taken.
 
   Attributes:
-    step: int32[].
-    trainable, frozen: flat parameters by path.
-    opt_state: of the trainable parameters.
+    step: int32[], steps so far.
+    draw: int32[], a number for each part of each step: what is drawn differs.
+    count: float32[], targets that a sum is divided by; None takes those that
+      are there.
   """
   step: jax.Array
-  trainable: dict[str, jax.Array]
-  frozen: dict[str, jax.Array]
-  opt_state: Any
-
-  @property
-  def params(self) -> dict[str, Any]:
-    """The parameter tree of the model."""
-    return merge(self.trainable, self.frozen)
+  draw: jax.Array
+  count: jax.Array | None = None
 
 
-def mean_loss(sum_and_count: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Sum over all examples / count over all of them."""
-  total, count = sum_and_count
-  return jnp.sum(total) / jnp.maximum(jnp.sum(count), 1.0)
+def mean_loss(sum_and_count: tuple[jax.Array, jax.Array],
+              count: jax.Array | None = None) -> jax.Array:
+  """Sum over all examples / count over all of them, or a given count."""
+  total, counts = sum_and_count
+  count = jnp.sum(counts) if count is None else count
+  return jnp.sum(total) / jnp.maximum(count, 1.0)
 
 
-def instruct_loss(model: Llava, params: Any, batch: Batch, step: jax.Array,
+def instruct_loss(model: Llava, params: Any, batch: Batch, at: At,
                   recipe: Recipe) -> tuple[jax.Array, Metrics]:
   """Next-token loss of the plain model; also stage 1, alignment."""
-  del step, recipe
+  del recipe
   logits, _ = model.apply({'params': params}, batch)
-  loss = mean_loss(losses.next_token_loss(logits, batch.input_ids,
-                                      batch.loss_mask))
+  loss = mean_loss(losses.next_token_loss(
+      logits, batch.input_ids, batch.loss_mask), at.count)
   return loss, {'loss_text': loss}
 
 
 def voco_loss(model: Llava, params: Any, batch: tuple[VocoBatch, Batch | None],
-              step: jax.Array, recipe: Recipe, teacher_params: Any = None
+              at: At, recipe: Recipe, teacher_params: Any = None
               ) -> tuple[jax.Array, Metrics]:
   """VoCo: next-token loss in two passes, plus KL to a teacher if asked for.
 
   The teacher reads the same text behind uncompressed images (batch[1]), with
   causal attention.
   """
-  del step
   compressed, uncompressed = batch
   text = compressed.text
   logits = model.apply({'params': params}, compressed, method='two_pass')
-  loss = mean_loss(losses.next_token_loss(logits, text.input_ids, text.loss_mask))
+  loss = mean_loss(losses.next_token_loss(logits, text.input_ids, text.loss_mask),
+                   at.count)
   metrics = {'loss_text': loss}
   weight = model.config.voco.distill_weight
   if weight > 0.0:
@@ -81,7 +80,7 @@ def voco_loss(model: Llava, params: Any, batch: tuple[VocoBatch, Batch | None],
         {'params': jax.lax.stop_gradient(teacher)}, uncompressed)
     kl = mean_loss(losses.distillation_loss(
         logits, _text_only(teacher_logits, uncompressed, text),
-        text.loss_mask))
+        text.loss_mask), at.count)
     metrics['loss_distill'] = kl
     loss = loss + weight * kl
   return loss, metrics
@@ -113,23 +112,24 @@ def temperature(config: LlavaConfig, recipe: Recipe, step: jax.Array
   return atp.temperature_start * ratio ** progress
 
 
-def atp_loss(model: Llava, params: Any, batch: Batch, step: jax.Array,
+def atp_loss(model: Llava, params: Any, batch: Batch, at: At,
              recipe: Recipe) -> tuple[jax.Array, Metrics]:
   """ATP: next-token loss under soft masks, plus the budget terms.
 
   Selectors that keep a fixed number have hard masks and no budget terms; the
-  random one draws anew at every step.
+  random one draws anew at every step.  The target term is of the layer average
+  over the examples that are here: with accumulated gradients, over a part.
   """
   config = model.config.atp
   adaptive = config.selector == 'adaptive'
-  tau = temperature(model.config, recipe, step)
+  tau = temperature(model.config, recipe, at.step)
   options = PruneOptions(
       temperature=tau, threshold_shift=0.0,  # the shift is for inference
       row_ids=jnp.arange(batch.input_ids.shape[0]),
-      seed=(recipe.seed * 1_000_003) % 2 ** 30 + step, hard=not adaptive)
+      seed=(recipe.seed * 1_000_003) % 2 ** 30 + at.draw, hard=not adaptive)
   logits, out = model.apply({'params': params}, batch, prune=options)
-  loss = mean_loss(losses.next_token_loss(logits, batch.input_ids,
-                                      batch.loss_mask))
+  loss = mean_loss(losses.next_token_loss(
+      logits, batch.input_ids, batch.loss_mask), at.count)
   parts = losses.budget_loss(out.prune, out.entering, batch.image_valid,
                              config)
   metrics = {'loss_text': loss, 'layer_average_tokens': parts['layer_average']}
@@ -154,17 +154,86 @@ LOSSES: dict[str, Callable] = {'align': instruct_loss,
                                'voco': voco_loss, 'atp': atp_loss}
 
 
-def make_step(model: Llava, recipe: Recipe, teacher_params: Any = None
-              ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-  """The function of (state, batch) that one training step is.
+def encoded(model: Llava, params: Any, batch: Batch) -> Batch:
+  """A batch of pixels, uint8[B, I, S, S, 3], with CLIP's features of them.
+
+  A tower that does not learn costs its forward pass only: nothing in it
+  depends on what gradients are taken for.
+  """
+  if batch.features.dtype != jnp.uint8:
+    return batch
+  return batch.replace(features=model.apply(
+      {'params': params}, clip_normalize(batch.features),
+      method='vision_features'))
+
+
+def _encoded(model: Llava, params: Any, batch: Any) -> Any:
+  """`encoded`, also for VoCo's pair, whose pictures are the same."""
+  if isinstance(batch, Batch):
+    return encoded(model, params, batch)
+  compressed, uncompressed = batch
+  text = encoded(model, params, compressed.text)
+  if uncompressed is not None:
+    uncompressed = uncompressed.replace(features=text.features)
+  return compressed.replace(text=text), uncompressed
+
+
+def _num_targets(batch: Any) -> jax.Array:
+  """Tokens that a loss is taken of."""
+  text = batch if isinstance(batch, Batch) else batch[0].text
+  return jnp.sum(text.loss_mask[:, 1:].astype(jnp.float32))
+
+
+def _parts(batch: Any, num_parts: int) -> Any:
+  """Leaves of shape [num_parts, B / num_parts, ...].
+
+  A part has every num_parts-th row, so that each device keeps its own.
+  """
+  def split_rows(x):
+    x = x.reshape(len(x) // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(x, None, 'batch', *[None] * (x.ndim - 2))
+  return jax.tree.map(split_rows, batch)
+
+
+def accumulate(gradients: Callable, trainable: Any, batch: Any, step: jax.Array,
+               num_parts: int) -> tuple[tuple[jax.Array, Metrics], Any]:
+  """Loss, metrics and gradients of a batch, part by part.
+
+  Every part is divided by the targets of the whole batch, so that the result
+  is that of the batch at once, whatever their number in each part.
+
+  Args:
+    gradients: (trainable, batch, At) -> ((loss, metrics), gradients).
+    trainable, batch, step: its arguments.
+    num_parts: how many; the size of the batch is a multiple of it.
+  """
+  if num_parts == 1:
+    return gradients(trainable, batch, At(step, step))
+  count = _num_targets(batch) / num_parts
+  mean = lambda x, y: jax.tree.map(lambda a, b: a + b / num_parts, x, y)
+
+  def add(total, part):
+    index, rows = part
+    return mean(total, gradients(trainable, rows, At(
+        step, step * num_parts + index, count))), None
+  parts = _parts(batch, num_parts)
+  shapes = jax.eval_shape(gradients, trainable, jax.tree.map(
+      lambda x: x[0], parts), At(step, step, count))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(add, zeros, (jnp.arange(num_parts), parts))[0]
+
+
+def make_step(model: Llava, recipe: Recipe
+              ) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The function of (state, batch, teacher) that one training step is.
 
   Args:
     model: with the method that the stage trains.
     recipe: the stage.
-    teacher_params: frozen teacher, for recipe.teacher = 'frozen'.
 
   Returns:
-    A pure function, to be jitted by the loop.
+    A pure function, to be jitted by the loop; teacher is the parameters of a
+    frozen teacher, for recipe.teacher = 'frozen', else None.
   """
   stage = recipe.stage
   check(stage != 'voco' or model.config.voco is not None,
@@ -176,15 +245,19 @@ def make_step(model: Llava, recipe: Recipe, teacher_params: Any = None
         'voco.distill_weight > 0 and train.teacher go together in the voco '
         'stage; set both or neither')
   loss_fn, optimizer = LOSSES[stage], make_optimizer(recipe)
-  extra = {'teacher_params': teacher_params} if stage == 'voco' else {}
   rate = schedule(recipe)
 
-  def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-    def objective(trainable):
-      return loss_fn(model, merge(trainable, state.frozen), batch, state.step,
-                     recipe, **extra)
-    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(
-        state.trainable)
+  def step(state: TrainState, batch: Any, teacher: Any = None
+           ) -> tuple[TrainState, Metrics]:
+    extra = {'teacher_params': teacher} if stage == 'voco' else {}
+
+    def objective(trainable, rows, at):
+      params = merge(trainable, state.frozen)
+      return loss_fn(model, params, _encoded(model, params, rows), at, recipe,
+                     **extra)
+    (loss, metrics), grads = accumulate(
+        jax.value_and_grad(objective, has_aux=True), state.trainable, batch,
+        state.step, recipe.accumulate_steps)
     updates, opt_state = optimizer.update(grads, state.opt_state,
                                           state.trainable)
     metrics.update(loss=loss, grad_norm=optax.global_norm(grads),

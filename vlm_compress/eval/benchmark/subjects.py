@@ -18,6 +18,7 @@ import numpy as np
 
 from vlm_compress.config import AtpConfig, LlavaConfig, TextConfig, VisionConfig, VocoConfig
 from vlm_compress.convert.files import abstract_params, load_config, load_params
+from vlm_compress.convert.lora import merge
 from vlm_compress.decode.segmented import SegmentedModel
 from vlm_compress.models.sequence import Batch, VocoBatch, expand_row, make_batch, split_voco
 from vlm_compress.presets import prune_after_for
@@ -83,11 +84,13 @@ def slice_of_7b(num_layers: int, dtype: str, num_pictures: int) -> Subject:
 def small(directory: Any, features: np.ndarray) -> Subject:
   """A model directory; fresh modules and a fresh VoCo row where it has none.
 
+  LoRA adapters are merged, as transformers, which it is compared with, has them.
+
   Args:
     directory: of the model.
     features: float[n, P', Dv].
   """
-  config, params = load_config(directory), load_params(directory)
+  params, config = merge(load_params(directory), load_config(directory))
   if config.atp is None:
     config = dataclasses.replace(config, voco=None, atp=AtpConfig(
         prune_after=prune_after_for(config.text.num_hidden_layers),

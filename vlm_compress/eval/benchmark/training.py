@@ -82,7 +82,7 @@ def _methods(config: LlavaConfig, num_rows: int) -> dict[str, tuple]:
   plain_batch = _batch(config, num_rows, 0)
   masked_batch = _batch(voco, num_rows, VOCO_TOKENS)
   split = split_voco(masked_batch, voco, NUM_TEXT + 1)
-  step = jnp.int32(0)
+  step = steps.At(jnp.int32(0), jnp.int32(0))
 
   def masked(params, batch):
     logits, _ = Llava(voco).apply({'params': params}, batch, mask='voco')

@@ -1,0 +1,119 @@
+"""Random access to a data set that `vlm-compress prepare-data` wrote.
+
+Where it may lie: manifest and TFDS's metadata are read through etils.epath,
+that is from local disks and from gs://, the latter with what etils asks for
+(tensorflow with its Google Cloud file system, or fsspec with gcsfs).  Records
+are read by array_record itself: version 0.8.6 has a reader of its own for
+gs:// beside the one for files.  It read such shards from a local imitation of
+the service; on a real bucket we have not tried it.  Where many small reads
+are slow, mount the bucket (gcsfuse) or copy the directory to a local disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import re
+from typing import Any, SupportsIndex
+
+from etils import epath
+
+from vlm_compress.config import ConfigError, check
+from vlm_compress.data import manifest
+from vlm_compress.data.errors import DataError
+from vlm_compress.data.examples import Example
+from vlm_compress.data.record_format import to_example
+
+
+class PreparedSource:
+  """Rows of a prepared data set: len(source), source[i] -> Example.
+
+  It may be sent to other processes, which then open the shards themselves.
+
+  Attributes:
+    name: '<directory>/<split>'.
+    fingerprint: hexadecimal digest of the shards' sums and the split.
+    counts: of the whole data set, see manifest.COUNTS.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], split: str = 'train',
+               *, verify: bool = False):
+    """Opens and checks a data set.
+
+    Args:
+      directory: of the data set, local or gs://... .
+      split: 'train', or a part of it in TFDS's notation ('train[:10%]').
+      verify: read all shards and compare them with their SHA-256, instead of
+        sizes and edges only.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      DataError: it is not finished, or files are not what the manifest says.
+      ConfigError: no such split.
+    """
+    self.directory = os.fspath(epath.Path(os.path.expanduser(directory)))
+    self.name = f'{self.directory}/{split}'
+    found = manifest.read(self.directory)
+    manifest.check_shards(self.directory, found, full=verify)
+    self.counts = dict(found['counts'])
+    digest = hashlib.sha256(json.dumps(
+        [found['name'], [s['sha256'] for s in found['shards']], split]
+        ).encode())
+    self.fingerprint = digest.hexdigest()[:16]
+    self._records = _open(self.directory, found, split)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __repr__(self) -> str:
+    return f'PreparedSource({self.name!r}, {self.fingerprint}, rows={len(self)})'
+
+  def __getitem__(self, index: SupportsIndex) -> Example:
+    """The example, equal to the one of the source file.
+
+    Raises:
+      IndexError: index is out of range.
+      DataError: the record is damaged.
+    """
+    index = operator.index(index)
+    if not -len(self) <= index < len(self):
+      raise IndexError(f'{self.name} has {len(self)} rows, not {index}')
+    try:
+      return to_example(self._records[index % len(self)])
+    except Exception as error:  # array_record and protobuf have no one error
+      raise DataError(
+          f'{self.name}: record {index} cannot be read ('
+          f'{type(error).__name__}: {str(error).splitlines()[0]}); run '
+          'prepare-data again with the same arguments, which writes damaged '
+          'shards anew') from error
+
+
+def _open(directory: str, found: dict[str, Any], split: str):
+  """array_record's source of a split, from TFDS's metadata."""
+  import tensorflow_datasets as tfds
+  from array_record.python.array_record_data_source import ArrayRecordDataSource
+  try:
+    splits = tfds.builder_from_directory(directory).info.splits
+    lengths = splits['train'].shard_lengths
+    files = [os.path.basename(path) for path in splits['train'].filepaths]
+  except Exception as error:  # errors of json, protobuf and the file system
+    raise DataError(f'{directory}: dataset_info.json or features.json is '
+                    f'missing or damaged ({type(error).__name__}); run '
+                    'prepare-data again with the same arguments') from error
+  if (lengths, files) != ([s['records'] for s in found['shards']],
+                          [s['file'] for s in found['shards']]):
+    raise DataError(f'{directory}: dataset_info.json and {manifest.MANIFEST} '
+                    'are of different data sets; run prepare-data again with '
+                    'the same arguments, or copy both anew')
+  check(re.fullmatch(r'train(\[[^\[\]+]*\])?', split) is not None,
+        f"{directory} has no split {split!r}; it has 'train', and parts of it "
+        "such as 'train[:10%]'")
+  try:
+    parts = splits[split].file_instructions
+  except (ValueError, AssertionError) as error:  # TFDS asserts on 150%
+    raise ConfigError(f'split={split!r} is not a part of a split; write for '
+                      "example 'train[:10%]' or 'train[:100]'") from error
+  check(bool(parts), f'split={split!r} of {directory} has no rows')
+  return ArrayRecordDataSource(parts)
