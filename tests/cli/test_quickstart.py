@@ -35,6 +35,7 @@ def run(*argv: str) -> int:
   return cli.main(['quickstart', '--from-scratch', '--no-tensorboard', *argv])
 
 
+@pytest.mark.slow
 def test_from_scratch_to_report_and_again(small, tmp_path, capsys):
   work = tmp_path / 'work'
   assert run('--workdir', str(work)) == 0

@@ -82,6 +82,7 @@ def test_what_cannot_be_run(study, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_seeds_and_again(study, capsys):
   argv, root = study
   argv = [*argv, '--stages', 'ub', 'atp25', '--seeds']
