@@ -159,7 +159,7 @@ def _row(found: dict[str, Any], stage: Stage, config: LlavaConfig,
   recipe = dataclasses.replace(stage.recipe, batch_size=one.batch_size)
   mesh = make_mesh(*one.mesh, devices=devices)
   state = state_bytes(abstract_state(Llava(config), recipe, mesh,
-                                     shapes.sees_pixels(config)))
+                                     shapes.reads_pixels(config.vision)))
   row = {**dataclasses.asdict(one), 'state_bytes': state, 'compiled': state <= chip.hbm_bytes}
   if not row['compiled']:  # the state alone is too large
     row |= {'verdict': compiled.TOO_LARGE, 'needed_bytes': state, 'bound': None}

@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 
 from vlm_compress.cli.arguments import number
-from vlm_compress.config import check
+from vlm_compress.config import ConfigError, check
 
 _HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 _DETAILS = ('coordinator', 'num_processes', 'process_id')
@@ -53,8 +53,9 @@ def start(args: argparse.Namespace) -> None:
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT, **details)
   except (RuntimeError, ValueError) as error:
-    check(False, f'the other processes are not found '
-          f'({str(error).strip().splitlines()[0]}); name them: {flags}')
+    raise ConfigError(
+        'the other processes are not found '
+        f'({str(error).strip().splitlines()[0]}); name them: {flags}') from error
 
 
 def fail(error: Exception) -> NoReturn:

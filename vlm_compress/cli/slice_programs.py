@@ -78,7 +78,7 @@ def train_program(config: LlavaConfig, stage: Stage, mesh: Mesh) -> Program:
   Raises:
     ConfigError: mesh and batch or heads do not fit.
   """
-  recipe, with_vision = stage.recipe, shapes.sees_pixels(config)
+  recipe, with_vision = stage.recipe, shapes.reads_pixels(config.vision)
   check_mesh(config, recipe, mesh)
   model = Llava(config)
   batch = shapes.step_batch(config, recipe, stage.rows,

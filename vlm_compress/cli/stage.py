@@ -23,7 +23,6 @@ from vlm_compress.cli.workspace import (
   Split,
   check_tower,
   model_config,
-  reads_pixels,
   tokenizer_for,
 )
 from vlm_compress.config import ConfigError, LlavaConfig, VisionConfig, check
@@ -42,6 +41,7 @@ from vlm_compress.sharding import MeshSpec, make_mesh
 from vlm_compress.train.checkpoint import claim_workdir
 from vlm_compress.train.loop import check_mesh, data_share, fit
 from vlm_compress.train.recipe import Recipe
+from vlm_compress.train.shapes import reads_pixels
 from vlm_compress.train.state import Given
 
 _MEASURED_HERE = 5000  # rows; for fewer of them no processes are started

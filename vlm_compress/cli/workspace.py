@@ -22,6 +22,7 @@ from vlm_compress.data.llava_json import LlavaJson
 from vlm_compress.data.prepared import PreparedSource
 from vlm_compress.data.sources import open_source
 from vlm_compress.data.tokenizer import Tokenizer, load, word_level
+from vlm_compress.train.shapes import reads_pixels
 
 Message = Callable[[str], None]
 LLAVA_OPTIONS = ('image_folder', 'skip_bad_rows', 'verify_images')
@@ -106,12 +107,6 @@ def encoder() -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     digest.update(np.ascontiguousarray(leaf).tobytes())
   return (lambda pixels: np.asarray(extract_features(params, pixels)),
           f'efficientnet_lite0-{digest.hexdigest()[:16]}')
-
-
-def reads_pixels(vision: VisionConfig) -> bool:
-  """Whether the tower runs in the training step, on pixels; otherwise rows
-  have frozen features."""
-  return vision.model_type == 'clip_vision_model'
 
 
 def check_tower(spec: DataSpec, vision: VisionConfig, where: str,

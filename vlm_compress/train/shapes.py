@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from vlm_compress.config import LlavaConfig, check
+from vlm_compress.config import LlavaConfig, VisionConfig, check
 from vlm_compress.data.rows import RowSpec
 from vlm_compress.models.sequence import ROW_FIELDS, Batch, VocoBatch, make_batch
 from vlm_compress.train.recipe import Recipe
@@ -20,9 +20,11 @@ from vlm_compress.train.recipe import Recipe
 _AROUND = 2
 
 
-def sees_pixels(config: LlavaConfig) -> bool:
-  """Whether the vision tower runs in the step, on uint8 pixels."""
-  return config.vision.model_type == 'clip_vision_model'
+def reads_pixels(vision: VisionConfig) -> bool:
+  """Whether the tower runs in the step, on uint8 pixels; otherwise rows have
+  frozen features.
+  """
+  return vision.model_type == 'clip_vision_model'
 
 
 def step_batch(config: LlavaConfig, recipe: Recipe, rows: RowSpec,
@@ -47,7 +49,7 @@ def step_batch(config: LlavaConfig, recipe: Recipe, rows: RowSpec,
 
   def of(length: int) -> Batch:
     return batch(config, recipe.batch_size, length, rows.max_images,
-                 sees_pixels(config), turns, placed)
+                 reads_pixels(config.vision), turns, placed)
   if recipe.stage != 'voco':
     return of(longest)
   check(len(rows.num_voco_tokens) == 1 and rows.num_voco_tokens[0] > 0,
