@@ -37,10 +37,11 @@ CONFIG = LlavaConfig(
                     num_key_value_heads=16))
 NUM_SHARDS = 12
 PROBE = '''
-import resource, sys
+import sys
+from vlm_compress import resident
 from vlm_compress.cli import __main__ as cli
 code = cli.main(sys.argv[1:])
-print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print('peak', resident.peak())
 sys.exit(code)
 '''
 

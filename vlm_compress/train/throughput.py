@@ -4,7 +4,6 @@ kept apart from metrics.jsonl, which an interrupted run must reproduce.
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlm_compress import resident
 from vlm_compress.config import LlavaConfig
 from vlm_compress.eval.hardware import chip_of
 from vlm_compress.eval.training_cost import RowShape, StepCost, step_cost
@@ -91,7 +91,7 @@ def memory_bytes() -> float:
   peaks = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
   if peaks:
     return float(max(peaks))
-  return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return float(resident.peak())
 
 
 def summary(state: TrainState) -> str:

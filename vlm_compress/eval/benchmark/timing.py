@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import jax
 
-_PEAK = re.compile(r'^(VmHWM|VmRSS):\s+(\d+) kB', re.MULTILINE)
+from vlm_compress import resident
 
 
 def alternate(cases: Mapping[Any, Callable[[], Any]], repeats: int,
@@ -76,15 +75,12 @@ def peak_rise(run: Callable[[], Any], tries: int = 2, long: float = 2.0
   for _ in range(tries):
     gc.collect()
     _give_back()
-    try:
-      with open('/proc/self/clear_refs', 'w', encoding='ascii') as file:
-        file.write('5')  # the mark starts again from here
-      before = _memory()['VmRSS']
-    except OSError:
+    before = resident.now()
+    if before is None or not resident.restart_peak():
       return None
     started = time.perf_counter()
     jax.block_until_ready(run())
-    rises.append(max(0, _memory()['VmHWM'] - before))
+    rises.append(max(0, resident.peak() - before))
     if time.perf_counter() - started > long:
       break
   return max(rises)
@@ -96,8 +92,3 @@ def _give_back() -> None:
     ctypes.CDLL('libc.so.6').malloc_trim(0)
   except (OSError, AttributeError):
     pass  # another libc keeps less
-
-
-def _memory() -> dict[str, int]:
-  with open('/proc/self/status', encoding='ascii') as file:
-    return {name: 1024 * int(kb) for name, kb in _PEAK.findall(file.read())}
