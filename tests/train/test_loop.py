@@ -11,6 +11,7 @@ import core_helpers as helpers
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from small_run import ATP, CONFIG, RECIPE, batches
 
 from vlm_compress import sharding
@@ -314,6 +315,23 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
   assert not (tmp_path / 'metrics.jsonl').exists()
   found = json.loads((tmp_path / 'bad_batch.json').read_text())
   assert found['step'] == 1 and found['loss'] == 'nan'
+
+
+def test_parameters_are_listed(tmp_path):
+  recipe = dataclasses.replace(RECIPE, steps=1, warmup_steps=0,
+                               trainable=('multi_modal_projector/*',))
+  params = flatten_dict(_fit(CONFIG, recipe, tmp_path, mesh=sharding.make_mesh()),
+                        sep='/')
+  learn, _, frozen = (tmp_path / 'parameters.txt').read_text().partition(
+      'These are frozen.')
+  for path, value in params.items():
+    where = learn if path.startswith('multi_modal_projector') else frozen
+    row, = (line for line in where.splitlines() if f'| {path} ' in line)
+    assert f' {value.shape} ' in row and f' {value.size:,} ' in row
+  row, = (line for line in learn.splitlines() if 'linear_1/kernel' in line)
+  assert "(None, 'tensor')" in row
+  assert learn.count('kernel') < frozen.count('kernel') == sum(
+      'kernel' in p and not p.startswith('multi_modal') for p in params)
 
 
 def test_intervals_and_event_files(tmp_path):

@@ -151,7 +151,7 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
                         with_vision)
     first = int(state.step)
     last = recipe.steps if stop_after is None else min(recipe.steps, stop_after)
-    say(summary(state))
+    say(f'{summary(state)} (parameters.txt)')
     log = MetricLog(workdir, first, recipe, model.config, state, mesh, tensorboard)
     stack.callback(log.close)
     run = _stepper(model, recipe, mesh, params, with_vision)

@@ -40,12 +40,22 @@ def _summary_writer(workdir: pathlib.Path):
   return metric_writers.SummaryWriter(str(workdir / 'tensorboard'))
 
 
+def _parameter_tables(state: TrainState) -> str:
+  # clu again; shardings are known without looking at values.
+  from clu import parameter_overview
+  table = lambda part: parameter_overview.get_parameter_overview(
+      part, include_stats='sharding')
+  return (f'These learn.\n{table(state.trainable)}\n\n'
+          f'These are frozen.\n{table(state.frozen)}\n')
+
+
 class MetricLog:
   """Scalars by step, in three places, and rates beside them.
 
   metrics.jsonl has what follows from data and seed: on resume, its lines behind
   the restored step are dropped, so that an interrupted run leaves the same file
-  as an uninterrupted one.  Rates are in throughput.jsonl.
+  as an uninterrupted one.  Rates are in throughput.jsonl, shapes and placement
+  of all parameters in parameters.txt.
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int, recipe: Recipe,
@@ -57,6 +67,7 @@ class MetricLog:
     self._writer = None
     if self._writes:
       self._keep_before(first_step)
+      write_text(workdir / 'parameters.txt', _parameter_tables(state))
       self._writer = _summary_writer(workdir) if tensorboard else None
     console = Console(stderr=True)
     self._progress = Progress(
