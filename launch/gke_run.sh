@@ -7,7 +7,9 @@
 #   ACCELERATOR  and TOPOLOGY of the node pools: tpu-v5-lite-podslice 16x16
 #   CLAIM        persistent volume claim, ReadWriteMany (Filestore), for /shared
 #   WORKDIR      folder below /shared, such as runs/a
-#   FLAG         more flags of train, such as --data-root=/shared/data
+#   FLAG         more flags of train, such as --data-root=/shared/data.  Paths in
+#                CONFIG are below the image's working directory; name others:
+#                --config.data.options.directory=/shared/mix665k
 #   CHIPS_PER_HOST (default 4), RESTARTS (20, preemptions count): environment
 #
 # kubectl delete jobset NAME; then the same line again resumes.

@@ -7,7 +7,7 @@
 #   ZONE     such as us-west4-a
 #   TYPE     accelerator type (default v5litepod-8: 8 chips, one host;
 #            v5litepod-256 is a pod of 64 hosts)
-#   RUNTIME  software version of the TPU VM (default v2-alpha-tpuv5-lite)
+#   RUNTIME  software version of the TPU VM (that of v4, v5e, v5p or v6e)
 #
 # Several slices, or spot: tpu_queue.sh.
 #
@@ -15,10 +15,7 @@
 #   gcloud compute tpus tpu-vm delete NAME --zone=ZONE
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
-  exit "${1:-2}"
-}
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit "${1:-2}"; }
 
 dry_run=false
 while [[ ${1-} == -* ]]; do
@@ -34,7 +31,15 @@ done
 name=$1
 zone=$2
 type=${3:-v5litepod-8}
-runtime=${4:-v2-alpha-tpuv5-lite}
+case $type in
+  v6e-*) image=v2-alpha-tpuv6e ;;
+  v5p-*) image=v2-alpha-tpuv5 ;;
+  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+  v4-*) image=tpu-ubuntu2204-base ;;
+  *) image='' ;;
+esac
+runtime=${4:-$image}
+[[ -n $runtime ]] || { echo "error: TYPE $type: name its RUNTIME, too" >&2; exit 2; }
 
 run() {
   printf '%q ' "$@"

@@ -8,17 +8,14 @@
 #   ZONE     such as us-west4-a
 #   TYPE     accelerator type of a slice, such as v5litepod-256
 #   SLICES   how many of them train together (default 1)
-#   RUNTIME  software version of the TPU VMs (default v2-alpha-tpuv5-lite)
+#   RUNTIME  software version of the TPU VMs (that of v4, v5e, v5p or v6e)
 #
 # It is usable once its state is ACTIVE, and costs money until it is deleted:
 #   gcloud compute tpus queued-resources describe NAME --zone=ZONE
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
-  exit "${1:-2}"
-}
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit "${1:-2}"; }
 
 dry_run=false spot=()
 while [[ ${1-} == -* ]]; do
@@ -32,7 +29,16 @@ while [[ ${1-} == -* ]]; do
 done
 (($# >= 3 && $# <= 5)) || usage
 
-name=$1 zone=$2 type=$3 slices=${4:-1} runtime=${5:-v2-alpha-tpuv5-lite}
+name=$1 zone=$2 type=$3 slices=${4:-1}
+case $type in
+  v6e-*) image=v2-alpha-tpuv6e ;;
+  v5p-*) image=v2-alpha-tpuv5 ;;
+  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+  v4-*) image=tpu-ubuntu2204-base ;;
+  *) image='' ;;
+esac
+runtime=${5:-$image}
+[[ -n $runtime ]] || { echo "error: TYPE $type: name its RUNTIME, too" >&2; exit 2; }
 if ! [[ $slices =~ ^[1-9][0-9]*$ ]]; then
   echo "error: SLICES $slices: a number, 1 or more" >&2
   exit 2

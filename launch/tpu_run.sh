@@ -4,20 +4,20 @@
 #   launch/tpu_run.sh [--dry-run] [--queued] NAME ZONE CONFIG WORKDIR BUCKET [FLAG...]
 #
 #   --queued  NAME is a queued resource (tpu_queue.sh), with all its slices
-#   CONFIG    a config of the repository, such as configs/quickstart.py:instruct
+#   CONFIG    a config of the repository: configs/quickstart.py:instruct
 #   WORKDIR   folder below the home directory.  With several hosts it must be on
 #             the disk they share (shared/runs/a, see tpu_setup.sh); the trainer
 #             cannot write to gs://
 #   BUCKET    gs://bucket/folder gets WORKDIR's last folder when training is
 #             done, without checkpoints, and the logs of all hosts at any end
-#   FLAG      more flags of train; paths in them are below the home directory,
-#             too: --data-root=shared/data --config.train.seed=1
+#   FLAG      more flags of train: --data-root=data --config.train.seed=1
+#             Paths in flags and in CONFIG are below shared/ if WORKDIR is,
+#             else below the home directory
 #
 # Run it again and training resumes.  What still runs there saves and ends first.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit "${1:-2}"; }
-
 dry_run=false kind=tpu-vm all=(--worker=all --batch-size=all)
 while [[ ${1-} == -* ]]; do
   case $1 in
@@ -29,8 +29,7 @@ while [[ ${1-} == -* ]]; do
   shift
 done
 (($# >= 5)) || usage
-name=$1 zone=$2 config=$3 workdir=${4%/} bucket=${5%/}
-shift 5
+name=$1 zone=$2 config=$3 workdir=${4%/} bucket=${5%/} && shift 5
 [[ $workdir != *:* && $workdir != /* ]] || {
   echo "error: WORKDIR $workdir: name a folder below the VM's home" >&2; exit 2; }
 [[ $bucket == gs://* ]] || {
@@ -40,14 +39,15 @@ run() { printf '%q ' "$@"; echo; $dry_run || "$@"; }
 on() { run gcloud compute tpus "$kind" ssh "$name" --zone="$zone" "$@"; }
 
 # Quoted once for the shells of the hosts, which start in the home directory.
-printf -v train '%q ' vlm_env/bin/vlm-compress train --distributed \
-  "--config=vlm_compress/$config" "--workdir=$workdir" "$@"
+below=. up='' && [[ $workdir != shared/* ]] || below=shared up=../
+printf -v train '%q ' "${up}vlm_env/bin/vlm-compress" train --distributed \
+  "--config=${up}vlm_compress/$config" "--workdir=${workdir#shared/}" "$@"
 printf -v to '%q' "$bucket/${workdir##*/}"
 # shellcheck disable=SC2016  # the hosts expand it
 remote='set -o pipefail; mkdir -p vlm_logs; old=$(cat vlm_train.pid 2>/dev/null || echo 0)
 for i in {1..90}; do grep -qs vlm-compress "/proc/$old/cmdline" || break
   if ((i == 90)); then kill -KILL "$old"; elif ((i == 1)); then kill "$old"; fi; sleep 2; done
-(echo "$BASHPID" >vlm_train.pid; exec '$train') 2>&1 \
+(echo "$BASHPID" >vlm_train.pid; cd '$below' && exec '$train') 2>&1 \
   | tee -a "vlm_logs/$HOSTNAME.log" | sed -u "s/^/$HOSTNAME: /"'
 code=0
 on "${all[@]}" --command="$remote" || code=$?

@@ -28,26 +28,23 @@ name=$1 zone=$2 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT
 
-run() {
-  printf '%q ' "$@"
-  echo
-  $dry_run || "$@"
-}
+run() { printf '%q ' "$@"; echo; $dry_run || "$@"; }
 
 # What a host runs.  A failure on any of them makes gcloud fail.
 printf -v remote 'set -eu; share=%q\n' "${3-}"
 remote+=$(cat <<'REMOTE'
+wait="-o DPkg::Lock::Timeout=600"  # new VMs upgrade themselves first
 rm -rf vlm_compress && mkdir -p vlm_compress shared
 tar -xzf vlm_compress.tar.gz -C vlm_compress
 python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || true)
 if [ -z "$python" ]; then
   sudo add-apt-repository -y ppa:deadsnakes/ppa
-  sudo apt-get install -y python3.11 python3.11-venv && python=python3.11
+  sudo apt-get $wait install -y python3.11 python3.11-venv && python=python3.11
 fi
 [ -x vlm_env/bin/pip ] || "$python" -m venv vlm_env
 vlm_env/bin/pip install -q -e "vlm_compress[demo]" "jax[tpu]"
 if [ -n "$share" ] && ! mountpoint -q shared; then
-  sudo apt-get install -y nfs-common
+  sudo apt-get $wait install -y nfs-common
   sudo mount -t nfs "$share" shared
   [ -w shared ] || sudo chmod a+rwx shared
 fi

@@ -122,6 +122,18 @@ def test_create_passes_type_and_runtime(stage):
                     '--zone=z', '--accelerator-type=v6e-4', '--version=image']]
 
 
+@pytest.mark.parametrize('script', ['tpu_create.sh', 'tpu_queue.sh'])
+@pytest.mark.parametrize('kind, runtime', [
+    ('v4-8', 'tpu-ubuntu2204-base'), ('v5litepod-8', 'v2-alpha-tpuv5-lite'),
+    ('v5p-128', 'v2-alpha-tpuv5'), ('v6e-256', 'v2-alpha-tpuv6e'), ('v9x-8', None)])
+def test_runtime_follows_the_type(script, kind, runtime, stage):
+  done, calls = stage.launch(script, 'q', 'z', kind)
+  if runtime is None:
+    assert done.returncode == 2 and not calls and 'RUNTIME' in done.stderr
+  else:
+    assert f'version={runtime}' in ' '.join(calls[0])
+
+
 @pytest.mark.parametrize('words, nodes', [
     ([], ['--node-id=q']), (['1'], ['--node-id=q']),
     (['3'], ['--node-count=3', '--node-prefix=q'])])
@@ -129,7 +141,24 @@ def test_queue_asks_for_slices(words, nodes, stage):
   _, calls = stage.launch('tpu_queue.sh', 'q', 'z', 'v6e-8', *words)
   assert calls == [[
       'gcloud', 'compute', 'tpus', 'queued-resources', 'create', 'q', '--zone=z',
-      '--accelerator-type=v6e-8', '--runtime-version=v2-alpha-tpuv5-lite', *nodes]]
+      '--accelerator-type=v6e-8', '--runtime-version=v2-alpha-tpuv6e', *nodes]]
+
+
+def test_paths_are_below_the_shared_disk(stage):
+  command, home = hosts_command(
+      stage, 0, CONFIG, 'shared/runs/a', 'gs://b/w', '--data-root=data')
+  (home / 'shared').mkdir()
+  program = home / 'vlm_env/bin/vlm-compress'
+  program.write_text('#!/bin/bash\npwd; printf "<%s>\\n" "$@"\n')
+  program.chmod(0o755)
+  done, _ = stage.bash('-c', command, cwd=home, HOSTNAME='w-1')
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [f'w-1: {x}' for x in (
+      home / 'shared', '<train>', '<--distributed>',
+      f'<--config=../vlm_compress/{CONFIG}>', '<--workdir=runs/a>',
+      '<--data-root=data>')]
+  copy, _ = hosts_command(stage, 2, CONFIG, 'shared/runs/a', 'gs://b/w')
+  assert 'test -e shared/runs/a/model/config.json' in copy
 
 
 @pytest.mark.parametrize('queued', [False, True])

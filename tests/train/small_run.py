@@ -7,14 +7,18 @@ Prints `step N` behind every step.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import pathlib
 import sys
+import traceback
 
 import jax
 import numpy as np
 
 from vlm_compress import sharding
+from vlm_compress.cli import distributed
 from vlm_compress.config import AtpConfig, LlavaConfig, TextConfig, VisionConfig
 from vlm_compress.data.examples import Example, Turn
 from vlm_compress.data.input_pipeline import make_dataset
@@ -62,6 +66,26 @@ def batches(config, batch_size=8, seed=5, share=(0, 1)):
       process_count=share[1])
 
 
+def one_device():
+  """A mesh."""
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def run(config, recipe, workdir, stream=None, **kwargs):
+  """`fit` on one device, without event files."""
+  workdir.mkdir(exist_ok=True)
+  kwargs = dict(tensorboard=False, mesh=one_device()) | kwargs
+  return fit(Llava(config), recipe,
+             batches(config) if stream is None else stream, workdir,
+             **kwargs)
+
+
+def metrics_of(workdir):
+  """Lines of metrics.jsonl."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
 class Said:
   """Batches of an iterator; says how many there were."""
 
@@ -79,9 +103,9 @@ def main(workdir: str, steps: str = '7', processes: str = '1', index: str = '0',
          port: str = '0') -> int:
   """The run; returns the exit code."""
   if int(processes) > 1:
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(f'localhost:{port}', int(processes), int(index),
-                               heartbeat_timeout_seconds=10)
+    distributed.start(argparse.Namespace(
+        distributed=False, coordinator=f'localhost:{port}',
+        num_processes=int(processes), process_id=int(index)))
   recipe = dataclasses.replace(RECIPE, steps=int(steps))
   mesh = sharding.make_mesh(fsdp=2 if jax.device_count() > 1 else 1)
   folder = pathlib.Path(workdir)
@@ -104,4 +128,9 @@ def main(workdir: str, steps: str = '7', processes: str = '1', index: str = '0',
 
 
 if __name__ == '__main__':
-  sys.exit(main(*sys.argv[1:]))
+  try:
+    sys.exit(main(*sys.argv[1:]))
+  except Exception:
+    traceback.print_exc()
+    distributed.leave(1)
+    raise

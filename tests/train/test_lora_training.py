@@ -8,8 +8,8 @@ import core_helpers as helpers
 import jax
 import numpy as np
 import pytest
-from small_run import ATP, CONFIG, RECIPE, batches
-from test_loop import _fit, _Killed, _KilledAt, _metrics, _same
+from small_run import ATP, CONFIG, RECIPE, batches, metrics_of, run
+from test_loop import _Killed, _KilledAt, _same
 
 from vlm_compress import sharding
 from vlm_compress.config import ConfigError, LoraConfig
@@ -34,12 +34,12 @@ def fixture_given():
 def fixture_whole(given, tmp_path_factory):
   """An uninterrupted run, its directory and its parameters."""
   workdir = tmp_path_factory.mktemp('lora')
-  return workdir, _fit(LORA, TRAIN, workdir, params=given)
+  return workdir, run(LORA, TRAIN, workdir, params=given)
 
 
 def test_it_starts_as_the_given_model_and_gets_better(given, whole):
   workdir, params = whole
-  losses = [line['loss'] for line in _metrics(workdir)]
+  losses = [line['loss'] for line in metrics_of(workdir)]
   first, _ = jax.jit(lambda params, batch: instruct_loss(
       Llava(CONFIG), params, batch, At(0, 0), RECIPE))(given, next(batches(CONFIG)))
   helpers.close(losses[0], first, 1e-6)
@@ -63,16 +63,16 @@ def test_what_is_missing_is_fresh_and_said(given):
 
 def test_interrupted_is_uninterrupted_bit_for_bit(given, whole, tmp_path):
   with pytest.raises(_Killed):
-    _fit(LORA, TRAIN, tmp_path, _KilledAt(batches(LORA), 6), params=given)
-  params = _fit(LORA, TRAIN, tmp_path, params=given)
+    run(LORA, TRAIN, tmp_path, _KilledAt(batches(LORA), 6), params=given)
+  params = run(LORA, TRAIN, tmp_path, params=given)
   _same(helpers.flat(params), helpers.flat(whole[1]))
-  assert _metrics(tmp_path) == _metrics(whole[0])
+  assert metrics_of(tmp_path) == metrics_of(whole[0])
 
 
 def test_one_device_is_eight_devices(given, whole, tmp_path):
-  _fit(LORA, TRAIN, tmp_path, params=given, mesh=sharding.make_mesh(2, 2, 2),
+  run(LORA, TRAIN, tmp_path, params=given, mesh=sharding.make_mesh(2, 2, 2),
        stop_after=4)
-  for a, b in zip(_metrics(tmp_path), _metrics(whole[0])[:4], strict=True):
+  for a, b in zip(metrics_of(tmp_path), metrics_of(whole[0])[:4], strict=True):
     helpers.close(a['loss'], b['loss'])
 
 
@@ -107,7 +107,7 @@ def test_names_and_patterns():
      'up_proj/kernel.*learn beside')])
 def test_what_makes_no_sense_is_refused(config, trainable, words, tmp_path):
   with pytest.raises(ConfigError, match=words) as e:
-    _fit(config, dataclasses.replace(TRAIN, trainable=trainable), tmp_path)
+    run(config, dataclasses.replace(TRAIN, trainable=trainable), tmp_path)
   assert '\n' not in str(e.value)
 
 

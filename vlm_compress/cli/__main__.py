@@ -13,13 +13,14 @@ import difflib
 import errno
 import os
 import sys
+import traceback
 
 import vlm_compress
 from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
 from vlm_compress.train.preemption import Preempted
 
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 MOST_CORES = 8
 
 # Top-level module -> (package to install, extra of setup.py that has it).
@@ -266,9 +267,15 @@ def main(argv: list[str] | None = None) -> int:
     return OK
   except Exception as error:
     message = describe(error, rest)
+    code = BUG if message is None else fail(message)
+    if 'jax' in sys.modules:  # else it is one process of its own
+      from vlm_compress.cli import distributed
+      if message is None and distributed.is_one_of_several():
+        traceback.print_exc()
+      distributed.leave(code)
     if message is None:
       raise
-    return fail(message)
+    return code
 
 
 if __name__ == '__main__':

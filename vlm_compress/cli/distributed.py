@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
 
 import jax
 
@@ -58,13 +57,20 @@ def start(args: argparse.Namespace) -> None:
         f'({str(error).strip().splitlines()[0]}); name them: {flags}') from error
 
 
-def fail(error: Exception) -> NoReturn:
-  """Ends this process of several at once, with a line.
+def is_one_of_several() -> bool:
+  """Whether other processes have been joined."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
 
-  The others cannot be waited for: one of them is gone.
+
+def leave(code: int) -> None:
+  """Ends this process of several at once, with a line; alone, it does nothing.
+
+  What went wrong has been said.  The others cannot be waited for: one of them
+  may be gone.
   """
-  line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-  print(f'error: process {jax.process_index()} of {jax.process_count()} stops: '
-        f'{line[:300]}. If another one died, start all of them again: the run '
-        'goes on from its newest checkpoint', file=sys.stderr, flush=True)
-  os._exit(1)
+  if not is_one_of_several():
+    return
+  print(f'process {jax.process_index()} of {jax.process_count()} stops, and the '
+        'others with it. If one of them died, start all again: the run goes on '
+        'from its newest checkpoint', file=sys.stderr, flush=True)
+  os._exit(code)

@@ -38,7 +38,6 @@ from vlm_compress.config import (
 )
 from vlm_compress.data.rows import RowSpec
 from vlm_compress.sharding import MeshSpec
-from vlm_compress.train.preemption import Preempted
 from vlm_compress.train.recipe import Recipe
 
 
@@ -184,14 +183,7 @@ def main(argv: list[str]) -> int:
   override(config, rest)
   stage = bridge(config)
   distributed.start(args)
-  try:
-    _run(stage, args)
-  except Preempted:
-    raise
-  except Exception as error:
-    if jax.process_count() > 1:
-      distributed.fail(error)
-    raise
+  _run(stage, args)
   return 0
 
 

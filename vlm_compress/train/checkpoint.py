@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from vlm_compress.atomic import write_text
 from vlm_compress.config import ConfigError, check
+
+RETRY_SECONDS = (1.0, 5.0)  # before a checkpoint that can't be read is tried again
+_FINE, _DAMAGED, _UNREADABLE = range(3)
+# tensorstore raises ValueError for these, too.
+_MAY_PASS = re.compile(r'\b(UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|'
+                       r'PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|CANCELLED)\b')
 
 
 def claim_workdir(workdir: pathlib.Path, config: dict[str, Any],
@@ -59,7 +68,7 @@ def _is_untouched(workdir: pathlib.Path) -> bool:
   """Nothing but data, logs and an empty store of checkpoints is there."""
   entries = {p.name for p in workdir.iterdir()} - {
       'config.json', 'seconds.txt', 'metrics.jsonl', 'throughput.jsonl',
-      'tensorboard', 'data', 'features'}
+      'parameters.txt', 'tensorboard', 'data', 'features'}
   return not entries or entries == {'checkpoints'} and not any(
       (workdir / 'checkpoints').iterdir())
 
@@ -137,6 +146,10 @@ class CheckpointStore:
               ) -> tuple[Any, dict[str, Any]] | None:
     """The newest checkpoint that can be read, onto the devices of `state`.
 
+    Only what a checkpoint itself says can prove it damaged: errors of the file
+    system, or a lack of memory, may pass, and nothing is put aside for them.
+    Processes agree before anything is moved.
+
     Args:
       state: shapes, dtypes and shardings; the mesh may be another than that
         of the run that saved.
@@ -148,27 +161,46 @@ class CheckpointStore:
 
     Raises:
       ConfigError: the newest one holds other parameters than the model, or
-        all are damaged.
+        cannot be read although nothing says that it is damaged, or all are
+        damaged.
     """
-    damaged = []
     while (step := self.latest_step()) is not None:
+      name = self._directory / str(step)
+      found, outcome, why = self._read(step, state)
+      outcome = _worst(outcome)
+      why = why or 'another process says so'
+      check(outcome != _UNREADABLE, f'{name} cannot be read ({why}); it stays '
+            'where it is: run again when disk and memory are in order')
+      if outcome == _FINE:
+        return found['state'], found['data']
+      self._put_aside(step)
+      if message is not None:
+        message(f'warning: {name} is damaged ({why}); it is ignored, and now in '
+                f'{self._aside}')
+    check(not (self._aside.is_dir() and any(self._aside.iterdir())),
+          f'no checkpoint can be read: all that there were are in {self._aside}; '
+          'begin anew in another --workdir, or delete them')
+    return None
+
+  def _read(self, step: int, state: Any) -> tuple[Any, int, str]:
+    """A checkpoint or None, how it went, and why."""
+    for seconds in (*RETRY_SECONDS, None):
       try:
         self._compare(step, state)
         found = self._manager.restore(step, args=ocp.args.Composite(
             state=ocp.args.StandardRestore(state),
             data=ocp.args.JsonRestore()))
-        return found['state'], found['data']
+        return found, _FINE, ''
       except ConfigError:
         raise
       except Exception as e:  # of tensorstore, json and the file system
-        damaged.append(f'{self._directory / str(step)} ({_line(e)})')
-        self._put_aside(step)
-        if message is not None:
-          message(f'warning: {damaged[-1]} is damaged; it is ignored, and now '
-                  f'in {self._aside}')
-    check(not damaged, f'no checkpoint can be read: {"; ".join(damaged)}; begin '
-          'anew in another --workdir')
-    return None
+        proves = isinstance(e, (ValueError, KeyError, TypeError, FileNotFoundError))
+        if proves and not _MAY_PASS.search(str(e)):
+          return None, _DAMAGED, _line(e)
+        if seconds is None:
+          return None, _UNREADABLE, _line(e)
+        time.sleep(seconds)
+    raise AssertionError  # the last try returns
 
   def _compare(self, step: int, state: Any) -> None:
     """Parameters of a checkpoint against those of the model."""
@@ -218,6 +250,13 @@ class CheckpointStore:
     """
     with self._readable('written'):
       self._manager.close()
+
+
+def _worst(outcome: int) -> int:
+  """Of the outcomes of all processes."""
+  if jax.process_count() == 1:
+    return outcome
+  return int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
 
 
 def _line(error: Exception) -> str:

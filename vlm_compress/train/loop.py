@@ -18,7 +18,7 @@ from vlm_compress import sharding
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.models.llava import Llava
 from vlm_compress.train.checkpoint import CheckpointStore
-from vlm_compress.train.metrics import MetricLog, profile
+from vlm_compress.train.metrics import MetricLog, Profile
 from vlm_compress.train.preemption import Notice, Preempted
 from vlm_compress.train.recipe import Recipe
 from vlm_compress.train.state import (
@@ -157,10 +157,11 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
     run = _stepper(model, recipe, mesh, params, with_vision)
     tools = _Tools(store, log, stack.enter_context(Watch(workdir, recipe)),
                    stack.enter_context(Notice(jax.process_count() == 1)))
+    trace = Profile(workdir, profile_steps)
+    stack.callback(trace.close)
     for step in range(first + 1, last + 1):
-      profile(workdir, step, profile_steps)
+      trace.step(step)
       state = _step(run, state, batches, step, last, recipe, tools)
-    profile(workdir, last + 1, profile_steps)
   return state.params
 
 
@@ -177,7 +178,7 @@ def _step(run: Callable, state: TrainState, batches: Any, step: int, last: int,
   """One step, and what is due behind it."""
   batch = next(batches)
   state, metrics = run(state, batch)
-  tools.watch.step(step, batch, metrics['loss'])
+  tools.watch.step(step, batch, metrics)
   tools.log.step(step, batch)
   stops = tools.notice.reached(step)
   saves = step % recipe.checkpoint_steps == 0 or step == last or stops

@@ -125,14 +125,25 @@ class MetricLog:
       self._writer.close()
 
 
-def profile(workdir: pathlib.Path, step: int,
-            steps: tuple[int, int] | None) -> None:
-  """Starts a profiler trace in front of the first of `steps`, and ends it in
-  front of the one behind the last; TensorBoard shows it.
-  """
-  if steps is None:
-    return
-  if step == steps[0]:
-    jax.profiler.start_trace(str(workdir / 'tensorboard'))
-  elif step == steps[1] + 1:
-    jax.profiler.stop_trace()
+class Profile:
+  """A profiler trace of some steps, as far as they are run; for TensorBoard."""
+
+  def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
+    """Takes the first and the last step, or None for no trace."""
+    self._directory = str(workdir / 'tensorboard')
+    self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
+    self._runs = False
+
+  def step(self, step: int) -> None:
+    """In front of each step: begins or ends the trace where it is due."""
+    if step in self._steps and not self._runs:
+      jax.profiler.start_trace(self._directory)
+      self._runs = True
+    elif step not in self._steps:
+      self.close()
+
+  def close(self) -> None:
+    """Ends the trace if there is one."""
+    if self._runs:
+      self._runs = False
+      jax.profiler.stop_trace()

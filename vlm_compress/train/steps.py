@@ -261,6 +261,7 @@ def make_step(model: Llava, recipe: Recipe
     updates, opt_state = optimizer.update(grads, state.opt_state,
                                           state.trainable)
     metrics.update(loss=loss, grad_norm=optax.global_norm(grads),
+                   update_norm=optax.global_norm(updates),
                    learning_rate=rate(state.step))
     return state.replace(
         step=state.step + 1, opt_state=opt_state,

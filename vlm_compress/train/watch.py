@@ -1,7 +1,9 @@
-"""Stops a run whose loss is no number or leaps, and says on what.
+"""Stops a run whose numbers are lost or whose loss leaps, and says on what.
 
-The loss of a step is looked at while the next one runs, so that the device
-does not wait for the host.
+Those of a step are looked at while the next one runs, so that the device does
+not wait for the host.  Besides the loss, which is taken in front of the update,
+they are the norms of gradients and update: parameters that are lost must not
+become a checkpoint, which every later start would go on from.
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ from vlm_compress.config import ConfigError
 from vlm_compress.models.sequence import Batch
 from vlm_compress.train.recipe import Recipe
 
-NAME = 'bad_batch.json'
+NAMES = ('loss', 'grad_norm', 'update_norm')  # of metrics that are looked at
 WINDOW = 50  # steps whose mean a leap is measured against
 _FEWEST = 10
 
 
 class Watch:
-  """Looks at every loss; entered, so that the last one is seen, too."""
+  """Looks at every step; entered, so that the last one is seen, too."""
 
   def __init__(self, workdir: pathlib.Path, recipe: Recipe):
-    self._path, self._factor = workdir / NAME, recipe.spike_factor
-    self._pending: tuple[int, Any, Any] | None = None
+    part = f'_{jax.process_index()}' if jax.process_count() > 1 else ''
+    self._path = workdir / f'bad_batch{part}.json'
+    self._factor = recipe.spike_factor
+    self._pending: tuple[int, Any, dict[str, Any]] | None = None
     self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
   def __enter__(self) -> Watch:
@@ -40,17 +44,17 @@ class Watch:
     if kind is None:
       self.look()
 
-  def step(self, step: int, batch: Any, loss: jax.Array) -> None:
-    """Takes a step's loss, and looks at that of the step before.
+  def step(self, step: int, batch: Any, metrics: dict[str, Any]) -> None:
+    """Takes a step's metrics, and looks at those of the step before.
 
     Raises:
       ConfigError: see `look`.
     """
     self.look()
-    self._pending = step, batch, loss
+    self._pending = step, batch, {name: metrics[name] for name in NAMES}
 
   def checked(self, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of the step on the host; the loss is a number.
+    """Metrics of the step on the host; nothing is lost.
 
     Raises:
       ConfigError: see `look`.
@@ -59,31 +63,34 @@ class Watch:
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
   def look(self) -> None:
-    """Looks at the loss that was given last.
+    """Looks at the metrics that were given last.
 
     Raises:
-      ConfigError: it is no number, or leaps; the message names the file that
-        says which records the batch was made of.
+      ConfigError: one of NAMES is no number, or the loss leaps; the message
+        names the file that says which records this process's rows of the batch
+        were made of.  Every process writes one.
     """
     if self._pending is None:
       return
-    (step, batch, loss), self._pending = self._pending, None
-    loss = float(jax.device_get(loss))
+    (step, batch, found), self._pending = self._pending, None
+    found = {name: float(value) for name, value in jax.device_get(found).items()}
+    loss, lost = found['loss'], [n for n in NAMES if not math.isfinite(found[n])]
     mean = sum(self._losses) / max(len(self._losses), 1)
     leaps = (self._factor > 0 and len(self._losses) >= _FEWEST
              and loss > self._factor * mean)
-    if math.isfinite(loss) and not leaps:
+    if not lost and not leaps:
       self._losses.append(loss)
       return
-    if jax.process_index() == 0:
-      write_text(self._path, json.dumps({
-          'step': step, 'loss': str(loss), 'records': records(batch)}) + '\n')
-    what = (f'{loss:.4g}, more than {self._factor:g} times the {mean:.4g} of the '
-            'steps before,' if leaps else loss)
+    write_text(self._path, json.dumps({
+        'step': step, **{name: str(value) for name, value in found.items()},
+        'records': records(batch)}) + '\n')
+    what = f'{lost[0]} is {found[lost[0]]}' if lost else (
+        f'loss is {loss:.4g}, more than {self._factor:g} times the {mean:.4g} of '
+        'the steps before,')
     raise ConfigError(
-        f'the loss is {what} at step {step}; {self._path} says on which '
-        'records: look at them, or lower train.learning_rate and go on from '
-        'the last checkpoint (--allow-config-change)')
+        f'{what} at step {step}; {self._path} says on which records: look at '
+        'them, or lower train.learning_rate and go on from the last checkpoint '
+        '(--allow-config-change)')
 
 
 def records(batch: Any) -> list[int] | None:
