@@ -8,8 +8,8 @@
 #   CLAIM        persistent volume claim, ReadWriteMany (Filestore), for /shared
 #   WORKDIR      folder below /shared, such as runs/a
 #   FLAG         more flags of train, such as --data-root=/shared/data.  Paths in
-#                CONFIG are below the image's working directory; name others:
-#                --config.data.options.directory=/shared/mix665k
+#                CONFIG are below the image's working directory; name others,
+#                such as data.options.directory and init_from, by flags
 #   CHIPS_PER_HOST (default 4), RESTARTS (20, preemptions count): environment
 #
 # kubectl delete jobset NAME; then the same line again resumes.

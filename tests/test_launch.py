@@ -147,7 +147,6 @@ def test_queue_asks_for_slices(words, nodes, stage):
 def test_paths_are_below_the_shared_disk(stage):
   command, home = hosts_command(
       stage, 0, CONFIG, 'shared/runs/a', 'gs://b/w', '--data-root=data')
-  (home / 'shared').mkdir()
   program = home / 'vlm_env/bin/vlm-compress'
   program.write_text('#!/bin/bash\npwd; printf "<%s>\\n" "$@"\n')
   program.chmod(0o755)
@@ -178,6 +177,7 @@ def hosts_command(stage, number, *words):
   _, calls = stage.launch('tpu_run.sh', 'vm', 'z', *words)
   home = stage.bin.parent / 'home'
   (home / 'vlm_env' / 'bin').mkdir(parents=True, exist_ok=True)
+  (home / 'shared').mkdir(exist_ok=True)
   return calls[number][-1].removeprefix('--command='), home
 
 
@@ -212,12 +212,12 @@ def test_training_that_is_left_over_saves_before_the_next_begins(stage):
   with subprocess.Popen(['bash', '-c', command], cwd=home, env=environment,
                         stdout=subprocess.DEVNULL) as first:
     until = time.monotonic() + 20
-    while not (home / 'first').exists() and time.monotonic() < until:
+    while not (home / 'shared/first').exists() and time.monotonic() < until:
       time.sleep(0.05)
     stage.program('sleep', 'command -p sleep 0.1')
     done, _ = stage.bash('-c', command, cwd=home, HOSTNAME='w-0')
     assert done.returncode == 0 and first.wait(20) == 0
-  assert (home / 'order').read_text().split() == ['saved', 'second']
+  assert (home / 'shared/order').read_text().split() == ['saved', 'second']
 
 
 def test_the_result_is_copied_when_there_is_one(stage):

@@ -14,11 +14,12 @@ import core_helpers as helpers
 import jax
 import numpy as np
 import pytest
-from core_helpers import BOS, IMAGE, Sample
+from core_helpers import BOS, IMAGE, Sample, segment
 
 from vlm_compress import presets, sharding
 from vlm_compress.config import AtpConfig, ConfigError, VocoConfig
 from vlm_compress.models.llava import Llava
+from vlm_compress.models.sequence import split_voco
 from vlm_compress.train.loop import check_mesh, put
 from vlm_compress.train.recipe import Recipe
 from vlm_compress.train.state import abstract_state, make_state
@@ -75,10 +76,19 @@ def test_golden_specs_split_what_is_large():
         assert len(same) == 2 and all(found[p] == [shape, axes] for p in same)
 
 
-def batch_of(config, num_rows=8, length=40):
-  return helpers.batch([Sample((BOS, IMAGE, 5 + i, 7, 8, 9), 2, seed=i)
-                        for i in range(num_rows)], config, length=length,
-                       num_images=1)
+STAGES = ('instruct', 'voco', 'atp')
+
+
+def stage_of(stage, length=40):
+  """A model's config, a recipe and a batch of eight rows."""
+  config = {'instruct': helpers.tiny, 'voco': helpers.voco_config,
+            'atp': helpers.atp_config}[stage]()
+  image = segment(2) if stage == 'voco' else (IMAGE,)
+  batch = helpers.batch([Sample((BOS, *image, 5 + i, 7, 8, 9), 2, seed=i)
+                         for i in range(8)], config, length=length, num_images=1)
+  if stage == 'voco':
+    batch = split_voco(batch, config, length - 13), None
+  return config, dataclasses.replace(RECIPE, stage=stage), batch
 
 
 @pytest.mark.parametrize('trainable', [(), ('atp/',)])
@@ -100,23 +110,58 @@ def test_a_state_is_made_where_it_lies(trainable):
     np.testing.assert_array_equal(x, helpers.flat(eight.params)[path])
 
 
-@pytest.mark.parametrize('stage', ['instruct', 'atp'])
+MOVES = re.compile(
+    r'= (\(.*?\)|\S+) (all-gather|all-to-all|collective-permute)(?:-start)?\(')
+
+
+def moves(text):
+  """(kind, sizes) of every array that a compiled program moves, tuples' too."""
+  return [(kind, tuple(int(n) for n in sizes.split(',') if n))
+          for shapes, kind in MOVES.findall(text)
+          for sizes in re.findall(r'\w+\[([\d,]*)\]', shapes)]
+
+
+def test_moves_are_found():
+  assert moves('%a = f32[8,40]{1,0} all-gather(x), b\n%c = (f32[3]{0}, s32[40,40]) '
+               'all-to-all(x)\n%d = (f32[2,5]) all-gather-start(%e)') == [
+      ('all-gather', (8, 40)), ('all-to-all', (3,)), ('all-to-all', (40, 40)),
+      ('all-gather', (2, 5))]
+
+
+@pytest.mark.parametrize('stage', STAGES)
 def test_no_mask_and_no_score_is_gathered(stage):
   """Nothing of T x S (or T x V) travels between devices."""
-  config = helpers.atp_config() if stage == 'atp' else helpers.tiny()
-  recipe = dataclasses.replace(RECIPE, stage=stage)
-  mesh, length = sharding.make_mesh(2, 2, 2), 40
-  model = helpers.build(config)[0]
+  config, recipe, batch = stage_of(stage)
+  lengths = {40} if stage != 'voco' else {  # text, with what it reads, segments
+      27, 27 + 2, len(batch[0].segment_ids)}
+  lengths |= {n - 1 for n in lengths}  # shifted by one, as targets are
+  mesh, model = sharding.make_mesh(2, 2, 2), helpers.build(config)[0]
   with jax.set_mesh(mesh):
     state = abstract_state(model, recipe, mesh)
-    batch = put(batch_of(config, length=length), mesh, 1)
     text = jax.jit(make_step(model, recipe), donate_argnums=0).lower(
-        state, batch).compile().as_text()
-  moved = re.findall(r'= (\S+) (all-gather|all-to-all|collective-permute)\(', text)
+        state, put(batch, mesh, 1)).compile().as_text()
+  moved = moves(text)
   assert moved  # parameters are, under fsdp
-  for shape, kind in moved:
-    sizes = [int(n) for n in re.findall(r'\d+', shape.partition('[')[2])]
-    assert sizes.count(length) + sizes.count(length - 1) < 2, (kind, shape)
+  for kind, sizes in moved:
+    assert sum(n in lengths for n in sizes) < 2, (kind, sizes)
+
+
+def test_voco_on_one_device_or_eight():
+  """The other stages: test_loop.py, through `fit`."""
+  config, recipe, batch = stage_of('voco')
+  model, given = helpers.build(config)
+  seen = []
+  for mesh in (sharding.make_mesh(devices=jax.devices()[:1]),
+               sharding.make_mesh(2, 2, 2)):
+    with jax.set_mesh(mesh):
+      state, metrics = jax.jit(make_step(model, recipe))(
+          make_state(model, recipe, mesh, given), put(batch, mesh, 1))
+      seen.append(jax.device_get((state.opt_state, metrics)))  # has the gradients
+  (want, one), (got, eight) = seen
+  for name, value in one.items():
+    helpers.close(eight[name], value, 1e-5)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(want)) > 1e-3
+  jax.tree.map(lambda a, b: helpers.close(a, b, 1e-5), got, want)
 
 
 def test_meshes_that_do_not_divide():
