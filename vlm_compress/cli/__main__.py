@@ -55,6 +55,12 @@ def evaluate(argv: list[str]) -> int:
   return command.main(argv)
 
 
+def score(argv: list[str]) -> int:
+  """scores an answer file on a benchmark: --benchmark B --predictions F"""
+  from vlm_compress.cli import score as command
+  return command.main(argv)
+
+
 def generate(argv: list[str]) -> int:
   """answers questions about pictures: --image=FILE --prompt=TEXT"""
   from vlm_compress.cli import generate as command
@@ -116,7 +122,7 @@ def prepare_data(argv: list[str]) -> int:
 
 
 COMMANDS = {f.__name__.replace('_', '-'): f for f in (
-    quickstart, train, evaluate, generate, compress, calibrate, benchmark,
+    quickstart, train, evaluate, score, generate, compress, calibrate, benchmark,
     study, convert, export, prepare_data, compile)}
 
 

@@ -2,9 +2,11 @@
 
   vlm-compress evaluate --config=configs/quickstart.py:atp \
     --checkpoint=quickstart/atp/model --reference=vlm_compress/checkpoints/quickstart
+  vlm-compress evaluate --check-data eval
 
 With --reference (the model before compression) the floors at equal tokens,
-the bounds and the ratios stand beside it.
+the bounds and the ratios stand beside it.  --check-data says which files of
+the public benchmarks are there.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from vlm_compress.cli import results
 from vlm_compress.cli.arguments import MAX_SEED, Parser, number
+from vlm_compress.cli.score import show_files
 from vlm_compress.cli.stage import bridge
 from vlm_compress.cli.train import load_page, override
 from vlm_compress.cli.workspace import check_tower, open_split
@@ -31,10 +34,9 @@ from vlm_compress.vlm import own_method, voco_count
 def parser() -> argparse.ArgumentParser:
   """The command line; --config.section.field=value comes on top."""
   p = Parser(prog='vlm-compress evaluate', description=__doc__.splitlines()[0])
-  p.add_argument('--config', required=True, metavar='FILE.py[:ARG]',
+  p.add_argument('--config', metavar='FILE.py[:ARG]',
                  help='names the data and the questions')
-  p.add_argument('--checkpoint', required=True, type=pathlib.Path,
-                 help='model directory')
+  p.add_argument('--checkpoint', type=pathlib.Path, help='model directory')
   p.add_argument('--reference', type=pathlib.Path,
                  help='model directory of the uncompressed model')
   p.add_argument('--method', choices=('auto', 'full', 'voco', 'atp'),
@@ -47,12 +49,21 @@ def parser() -> argparse.ArgumentParser:
                  help='write report.json, report.md and report.html here')
   p.add_argument('--seed', type=number(int, 0, MAX_SEED), default=0,
                  help='of random selection (%(default)s)')
+  p.add_argument('--check-data', type=pathlib.Path, metavar='DIR',
+                 help='say which benchmarks are complete there, and stop')
   return p
 
 
 def main(argv: list[str]) -> int:
   """Evaluates; returns the exit code."""
   args, rest = parser().parse_known_args(argv)
+  if args.check_data is not None:
+    check(not rest, f'unrecognized arguments: {" ".join(rest)}')
+    show_files(args.check_data)
+    return 0
+  lacking = [f'--{name}' for name in ('config', 'checkpoint') if not getattr(args, name)]
+  check(not lacking, 'the following arguments are required: '
+        f'{", ".join(lacking)}; see vlm-compress evaluate --help')
   config = load_page(args.config)
   override(config, rest)
   stage = bridge(config)

@@ -24,6 +24,7 @@ from vlm_compress.config import VisionConfig, check
 from vlm_compress.convert import preprocessor
 from vlm_compress.convert.processor import ASPECT_MODES
 from vlm_compress.data.errors import DataError
+from vlm_compress.data.paths import resolve_path
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
 MAX_PIXELS = 64_000_000  # of one picture; above it 0.25 GB when decoded
@@ -35,28 +36,6 @@ CLIP_STD = np.array(preprocessor.STD, np.float32)
 CLIP_BACKGROUND = (122, 116, 104)  # the mean in uint8, cut off, not rounded
 # Becomes 0 in (x - 127) / 128, the normalisation of EfficientNet-Lite0.
 EFFICIENTNET_BACKGROUND = (127, 127, 127)
-
-
-def resolve_path(root: str | os.PathLike, name: str) -> pathlib.Path:
-  """The path of a file that a data set names, relative to its root.
-
-  The check is on the text of the path: `..` and absolute names cannot leave
-  the root, but symbolic links that the user made below the root may.
-
-  Args:
-    root: directory of the data.
-    name: file name with '/' as in the data set, relative to root.
-
-  Raises:
-    DataError: the name is empty, or leaves the root.
-  """
-  base = os.path.abspath(root)
-  path = os.path.normpath(os.path.join(base, name)) if name else base
-  inside = path.startswith(os.path.join(base, ''))
-  if not inside or '\0' in name:
-    raise DataError(f'{name!r}: the path is outside the data root {base}; '
-                    'correct it in the data file or move the root up')
-  return pathlib.Path(path)
 
 
 def read_bytes(root: str | os.PathLike, name: str) -> bytes:

@@ -15,16 +15,15 @@ hours of training is expensive; images are read when an example is asked for.
 from __future__ import annotations
 
 import dataclasses
-import json
 import operator
 import os
 import pathlib
-from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
 from vlm_compress.data import images
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example, Turn
+from vlm_compress.data.records import read_json
 from vlm_compress.data.templates import IMAGE_MARKER
 
 _HUMAN, _ASSISTANT = 'human', 'gpt'
@@ -208,39 +207,11 @@ def read_rows(path: str) -> list[Any]:
     FileNotFoundError: there is no such file.
     DataError: it is no JSON list.
   """
-  if not os.path.isfile(path):
-    raise FileNotFoundError(f'data file {path} does not exist')
-  try:
-    with open(path, encoding='utf-8-sig') as f:
-      rows = json.load(f, object_pairs_hook=_unique_keys)
-  except json.JSONDecodeError as e:
-    raise DataError(f'{path}: line {e.lineno}, column {e.colno}: malformed '
-                    f'JSON ({e.msg}); correct the file or copy it again'
-                    ) from e
-  except UnicodeDecodeError as e:
-    raise DataError(f'{path}: byte {e.start} is not UTF-8; '
-                    'save the file as UTF-8') from e
-  except RecursionError as e:
-    raise DataError(f'{path}: malformed JSON (nested too deeply)') from e
-  except DataError as e:
-    raise DataError(f'{path}: {e}') from e
+  rows = read_json(path)
   if not isinstance(rows, list):
     raise DataError(f'{path} holds a JSON {type(rows).__name__}; '
                     'it must be a list of rows')
   return rows
-
-
-def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-  """dict(pairs), but a key that occurs twice is an error, not the last."""
-  pairs = list(pairs)
-  result = dict(pairs)
-  if len(result) < len(pairs):
-    keys = [k for k, _ in pairs]
-    key = next(k for k in keys if keys.count(k) > 1)
-    shown = json.dumps(pairs[0][1])[:60]
-    raise DataError(f'the key {key!r} occurs twice in the object that begins '
-                    f'with {pairs[0][0]!r}: {shown}; keep one of them')
-  return result
 
 
 def check_row(index: int, raw: Any) -> LlavaRow:

@@ -1,0 +1,156 @@
+"""MSVD-QA, MSRVTT-QA and ActivityNet-QA without a judge.
+
+Official for ActivityNet-QA: equality of strings ('exact' here); for the other
+two it is the common reading of their papers.  'normalised' is ours: m4c's form
+on both sides.  Papers on video chat models quote GPT-judged numbers, which are
+far higher for sentence answers: never put these beside those.
+
+The prompt is the question with LLaVA's short-answer line (ours; there is no
+LLaVA-1.5 prompt for videos).
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_compress.data.errors import DataError
+from vlm_compress.data.records import read_json
+from vlm_compress.eval.benchmarks import scores, vqa_text
+from vlm_compress.eval.benchmarks.question import (
+  SHORT_ANSWER,
+  Part,
+  Question,
+  QuestionSet,
+  field,
+  first_file,
+  home,
+)
+
+RULES = ('match',)
+HEADLINE = scores.Headline('exact match after normalisation (no GPT judge)', 'normalised')
+POLICY = scores.WRONG
+COUNTS = {'msvd_qa': 13_157, 'msrvtt_qa': 72_821, 'activitynet_qa': 8_000}
+TYPES = ('motion', 'spatial relation', 'temporal relation', 'yes/no', 'color', 'object',
+         'location', 'number', 'other')
+FREE = TYPES[3:]
+VIDEOS = 'videos'
+_MAPPING = 'youtube_mapping.txt'  # of MSVD: `clip vid17`
+_REMARK = 'exact match, not comparable with numbers that GPT has judged'
+
+
+def read(root: pathlib.Path, key: str) -> QuestionSet:
+  """The test questions: test_qa.json, or test_q.json and test_a.json.
+
+  Videos are videos/<name> with any extension: v_<video_name> for
+  ActivityNet, video<id> for MSRVTT, and for MSVD the clip that
+  youtube_mapping.txt gives, or vid<id> without that file.
+
+  Args:
+    root: directory of the files.
+    key: msvd_qa, msrvtt_qa or activitynet_qa.
+
+  Raises:
+    DataError: a row lacks a field, or a question has no answer.
+    FileNotFoundError: a file is not there.
+  """
+  root = home(root, key)
+  path = first_file(root, 'test_qa.json', 'test_q.json')
+  paired = path.name == 'test_q.json'
+  answers = _answers(first_file(root, 'test_a.json')) if paired else {}
+  names = _video_names(root, key)
+  questions = []
+  for i, row in enumerate(_list(path)):
+    where = f'{path}: question {i}'
+    number = field(row, 'question_id' if paired else 'id', (str, int), where)
+    if paired and number not in answers:
+      raise DataError(f'{where}: id {number!r} has no answer in test_a.json')
+    label = answers[number] if paired else row
+    text = field(row, 'question', str, where)
+    stem = _stem(row, key, names, where)
+    questions.append(Question(
+        str(number), text, f'{text}\n{SHORT_ANSWER}',
+        f'{VIDEOS}/{names.get(stem, stem + (".avi" if key == "msvd_qa" else ".mp4"))}',
+        answers=(field(label, 'answer', str, where),),
+        groups=_groups(row, label, key, where)))
+  return QuestionSet(key, root, path, tuple(questions),
+                     (Part('questions', len(questions), (COUNTS[key],)),))
+
+
+def _list(path: pathlib.Path) -> list[Any]:
+  rows = read_json(path)
+  if not isinstance(rows, list):
+    raise DataError(f'{path} must be a list')
+  return rows
+
+
+def _answers(path: pathlib.Path) -> dict[str | int, Mapping[str, Any]]:
+  found: dict[str | int, Mapping[str, Any]] = {}
+  for i, row in enumerate(_list(path)):
+    number = field(row, 'question_id', (str, int), f'{path}: answer {i}')
+    if number in found:
+      raise DataError(f'{path}: answer {i}: the id {number!r} occurs twice')
+    found[number] = row
+  return found
+
+
+def _groups(row: Mapping[str, Any], label: Mapping[str, Any], key: str,
+            where: str) -> dict[str, str]:
+  if key == 'activitynet_qa':
+    number = int(field(label, 'type', (int, str), where))
+    if not 0 <= number < len(TYPES):
+      raise DataError(f'{where}: type {number} is unknown')
+    return {'type': TYPES[number]}
+  return {'category': str(row['category_id'])} if 'category_id' in row else {}
+
+
+def _stem(row: Mapping[str, Any], key: str, names: Mapping[str, str], where: str) -> str:
+  """The video's file name without its extension."""
+  if 'video_name' in row:
+    name = field(row, 'video_name', str, where)
+    return f'v_{name}' if key == 'activitynet_qa' else name
+  number = field(row, 'video_id', int, where)
+  return names.get(f'vid{number}', f'vid{number}') if key == 'msvd_qa' else f'video{number}'
+
+
+def _video_names(root: pathlib.Path, key: str) -> dict[str, str]:
+  """File names of videos by stem, and for MSVD clip names by vid<id>."""
+  folder, names = root / VIDEOS, {}
+  if folder.is_dir():
+    names = {path.stem: path.name for path in sorted(folder.iterdir())}
+  if key == 'msvd_qa' and (root / _MAPPING).is_file():
+    lines = (root / _MAPPING).read_text(encoding='utf-8').splitlines()
+    for number, line in enumerate(lines, 1):
+      parts = line.split()
+      if len(parts) not in (0, 2):
+        raise DataError(f'{root / _MAPPING}: line {number}: must be a clip and vid<id>')
+      if parts:
+        names[parts[1]] = parts[0]
+  return names
+
+
+def score(questions: QuestionSet, predictions: Mapping[str, str], *,
+          allow_partial: bool = False, rule: str = RULES[0]) -> scores.Scores:
+  """Exact and normalised match in percent, by type."""
+  def judge(text: str, question: Question) -> tuple[str, int]:
+    said = vqa_text.m4c(text)
+    return said, int(said == vqa_text.m4c(question.answers[0]))
+  return scores.score(questions, predictions, judge=judge, summarise=summarise,
+                      headline=HEADLINE, policy=POLICY, rule=rule,
+                      allow_partial=allow_partial, remark=_REMARK)
+
+
+def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
+  """The table, with ActivityNet's free questions as a total of their own."""
+  groups = [('', 'all', list(results))]
+  free = [r for r in results if r.question.groups.get('type') in FREE]
+  groups += [('', 'free', free)] if free else []
+  for group in ('type', 'category'):
+    values = sorted({r.question.groups[group] for r in results if group in r.question.groups})
+    groups += [(group, value, [r for r in results if r.question.groups.get(group) == value])
+               for value in values]
+  return tuple(scores.Row(group, name, len(mine), {
+      'normalised': 100 * sum(r.score for r in mine) / len(mine),
+      'exact': 100 * sum(r.text == r.question.answers[0] for r in mine) / len(mine)})
+               for group, name, mine in groups)
