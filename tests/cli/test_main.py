@@ -56,7 +56,7 @@ def test_commands_are_the_documented_ones():
   assert set(cli.COMMANDS) == {'quickstart', 'train', 'evaluate', 'generate',
                                'compress', 'calibrate', 'benchmark', 'study',
                                'convert', 'export', 'prepare-data',
-                               'compile'}
+                               'compile', 'score'}
 
 
 def test_without_a_command_the_usage_goes_to_stderr(capsys):

@@ -56,7 +56,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def score(argv: list[str]) -> int:
-  """scores an answer file on a benchmark: --benchmark B --predictions F"""
+  """scores an answer file: --benchmark B --predictions F --data DIR"""
   from vlm_compress.cli import score as command
   return command.main(argv)
 

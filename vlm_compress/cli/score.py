@@ -103,7 +103,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def show(scores: Scores) -> None:
   """Prints headline, table and notes; every number has its n beside it."""
   head = scores.headline
-  rule = '' if scores.rule == 'official' else f', rule {scores.rule}'
+  several = len(catalogue.BENCHMARKS[scores.benchmark].RULES) > 1
+  rule = f', rule {scores.rule}' if several else ''
   lines = [f'{head.metric}: {scores.value:.2f} ({head.scale}{rule}, n = {scores.n:,}'
            f'{", partial" if scores.partial else ""})']
   columns = list(dict.fromkeys(name for row in scores.rows for name in row.numbers))

@@ -1,10 +1,11 @@
 """Which answer belongs to which question.
 
-A file is joined in one way for all its rows, the first of these that fits its
-first row: by id; by the ids that other tools use; by picture and question; by
-place in the file, if the row also says what was asked.  Whatever the way, a
-row that says what was asked must have asked it, so that the answers of another
-benchmark whose ids happen to exist are an error and not a score.
+A file is joined in one way for all its rows, the first of these that fits most
+of a sample of them: by id; by the ids that other tools use; by picture and
+question; by place among the questions, or among those with a picture.  The
+last three need rows that say what was asked.  Whatever the way, a row that says
+what was asked must have asked it, so that the answers of another benchmark
+whose ids happen to exist are an error and not a score.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vlm_compress.eval.benchmarks.answers import Answer
 from vlm_compress.eval.benchmarks.question import Question, QuestionSet, squeeze
 
 Find = Callable[[Answer], Sequence[Question]]
+_SAMPLE = 100  # rows that decide how a file is joined
 
 
 def join(answers: Sequence[Answer], questions: QuestionSet) -> dict[str, str]:
@@ -26,12 +28,12 @@ def join(answers: Sequence[Answer], questions: QuestionSet) -> dict[str, str]:
   Raises:
     DataError: a row fits no question, or two fit the same; names the lines.
   """
-  find = _way(answers[0], questions)
+  find = _way(answers[::max(1, len(answers) // _SAMPLE)], questions)
   known = {q.groups['category'] for q in questions.questions if 'category' in q.groups}
   predictions: dict[str, str] = {}
   lines: dict[str, str] = {}
   for answer in answers:
-    if questions.ignored and not questions.ignored.isdisjoint(answer.ids):
+    if _ignored(answer, questions):
       continue
     candidates = find(answer)
     if not candidates:
@@ -54,46 +56,51 @@ def join(answers: Sequence[Answer], questions: QuestionSet) -> dict[str, str]:
   return predictions
 
 
-def _way(first: Answer, questions: QuestionSet) -> Find:
-  """How the file's rows find their questions, seen from its first row."""
-  own = _table(questions, lambda q: dict.fromkeys((q.id, *q.aliases)))
-  other = _table(questions, lambda q: q.other_ids)
-  pictured = _table(questions, lambda q: (_pictured(q.image, q.text),))
-  by_ids = lambda table: lambda a: [
-      q for key in (*a.ids, *([a.index] if a.index else [])) for q in table.get(key, ())]
-  ways: list[Find] = [
-      by_ids(own), by_ids(other),
-      lambda a: _about(pictured, a),
-      lambda a: _at_place(questions, a)]
-  if first.position is not None and not first.index:  # lmms-eval's own ids first
-    ways = [ways[1], ways[0], *ways[2:]]
-  fits = (way for way in ways if _narrow(way(first), first, None))
-  return next(fits, by_ids(own))
+def _ignored(answer: Answer, questions: QuestionSet) -> bool:
+  return not questions.ignored.isdisjoint(answer.ids)
 
 
-def _table(questions: QuestionSet, names: Callable[[Question], Iterable[str]]
-           ) -> dict[str, list[Question]]:
+def _way(sample: Sequence[Answer], questions: QuestionSet) -> Find:
+  """How the file's rows find their questions."""
+  everything = questions.questions
+  pictured = [q for q in everything if q.image is not None or q.picture is not None]
+  own = _by_id(everything, lambda q: dict.fromkeys((q.id, *q.aliases)))
+  other = _by_id(everything, lambda q: q.other_ids)
+  ways = [own, other, _by_image(everything), _by_place(everything), _by_place(pictured)]
+  if sample[0].position is not None and sample[0].index is None:
+    ways[:2] = other, own  # lmms-eval: its numbers may be LLaVA's of another question
+  return max(ways, key=lambda way: sum(  # the first of equals
+      _ignored(a, questions) or bool(_narrow(way(a), a, None)) for a in sample))
+
+
+def _by_id(questions: Sequence[Question], names: Callable[[Question], Iterable[str]]
+           ) -> Find:
   table = collections.defaultdict(list)
-  for question in questions.questions:
+  for question in questions:
     for name in names(question):
       table[name].append(question)
-  return table
+
+  def find(answer: Answer) -> Sequence[Question]:
+    keys = (*answer.ids, *(() if answer.index is None else (answer.index,)))
+    return next((table[key] for key in keys if key in table), ())
+  return find
 
 
-def _pictured(image: str | None, text: str) -> str:
-  return f'{pathlib.PurePosixPath(image or "").stem}\n{squeeze(text)}'
+def _by_image(questions: Sequence[Question]) -> Find:
+  table = collections.defaultdict(list)
+  for question in questions:
+    if question.image is not None:
+      table[pathlib.PurePosixPath(question.image).stem].append(question)
+  return lambda answer: (() if answer.question is None or answer.image is None
+                         else table.get(answer.image, ()))
 
 
-def _about(table: dict[str, list[Question]], answer: Answer) -> Sequence[Question]:
-  if answer.image is None or answer.question is None:
-    return ()
-  return table.get(_pictured(answer.image, answer.question.split('\n')[0]), ())
-
-
-def _at_place(questions: QuestionSet, answer: Answer) -> Sequence[Question]:
-  if answer.position is None or answer.question is None:
-    return ()
-  return questions.questions[answer.position:answer.position + 1]
+def _by_place(questions: Sequence[Question]) -> Find:
+  def find(answer: Answer) -> Sequence[Question]:
+    if answer.position is None or answer.question is None:
+      return ()
+    return questions[answer.position:answer.position + 1]
+  return find
 
 
 def _categories(answer: Answer, known: set[str]) -> list[str | None]:

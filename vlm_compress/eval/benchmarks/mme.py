@@ -43,7 +43,7 @@ _IMAGES = ('.jpg', '.png', '.jpeg')
 
 def read(root: pathlib.Path) -> QuestionSet:
   """The tasks below MME_Benchmark_release_version/, whose text files hold the
-  questions; the ids are LLaVA's image path, with #1 and #2.
+  questions.  An id is the path of the image without extension, with #1 or #2.
 
   Raises:
     DataError: a text file has not two questions with yes or no.
@@ -61,11 +61,11 @@ def read(root: pathlib.Path) -> QuestionSet:
     if not texts.is_dir():
       texts = images = folder
     before = len(questions)
-    names = {p.stem: p.name for p in images.iterdir() if p.suffix.lower() in _IMAGES}
+    names = {p.stem: p.name for p in images.glob('*') if p.suffix.lower() in _IMAGES}
+    place = images.relative_to(root).as_posix()
     for path in sorted(texts.glob('*.txt')):
-      place = images.relative_to(root).as_posix()
-      image = f'{place}/{names.get(path.stem, f"{path.stem}.jpg")}'
-      questions += _pair(path, task, image)
+      name = names.get(path.stem, f'{path.stem}.jpg')
+      questions += _pair(path, task, f'{place}/{name}')
     if len(questions) - before != official:
       odd.append(task)
   return QuestionSet(KEY, root, root, tuple(questions), (
@@ -80,7 +80,7 @@ def _pair(path: pathlib.Path, task: str, image: str) -> list[Question]:
     lines = path.read_text(encoding='utf-8-sig').splitlines()
   except UnicodeDecodeError as e:
     raise DataError(f'{path}: byte {e.start} is not UTF-8') from e
-  pair = []
+  pair, stem = [], image.rpartition('.')[0]
   for number, line in enumerate(lines, 1):
     if line.strip():
       text, tab, label = line.partition('\t')
@@ -89,10 +89,13 @@ def _pair(path: pathlib.Path, task: str, image: str) -> list[Question]:
         raise DataError(f'{path}: line {number}: must be a question, a tab, and '
                         'Yes or No')
       text = text.replace(_ASK, '').rstrip()
+      # Answer files name the image with its extension, which is known only
+      # where the image is.
       pair.append(Question(
-          f'{image}#{len(pair) + 1}', text, f'{text}\n{SHORT_ANSWER}', image,
-          answers=(label,), groups={'task': task}, aliases=(image,), unit=image,
-          other_ids=(f'{task}/{pathlib.PurePath(image).name}',)))
+          f'{stem}#{len(pair) + 1}', text, f'{text}\n{SHORT_ANSWER}', image,
+          answers=(label,), groups={'task': task}, unit=stem,
+          aliases=tuple(stem + end for end in _IMAGES),
+          other_ids=tuple(f'{task}/{path.stem}{end}' for end in _IMAGES)))
   if len(pair) != 2:
     raise DataError(f'{path}: has {len(pair)} questions; MME has two an image')
   return pair

@@ -62,9 +62,9 @@ def read(root: pathlib.Path, split: str = 'val') -> QuestionSet:
       answers = tuple(field(a, 'answer', str, where)
                       for a in field(row, 'answers', list, where))
       groups = {'answer type': field(row, 'answer_type', str, where)}
-    asked = text[:1].upper() + text[1:]
     questions.append(Question(
-        image, text, f'{asked}\n{UNANSWERABLE}\n{SHORT_ANSWER}', f'{split}/{image}',
+        image, text, f'{text.capitalize()}\n{UNANSWERABLE}\n{SHORT_ANSWER}',
+        f'{split}/{image}',
         answers=answers, groups=groups, aliases=(str(i),),
         other_ids=(pathlib.PurePath(image).stem,)))
   return QuestionSet(KEY, root, path, tuple(questions),
