@@ -60,6 +60,20 @@ def test_missing_scienceqa_pictures_stay_in_the_denominator():
   assert found.row('picture', 'image, answered').n == 38
 
 
+def test_parts_without_any_question_of_the_headline_have_n_0():
+  questions, given, _ = scored('scienceqa')
+  bare = questions.take(q.id for q in questions.questions if not q.image)
+  found = catalogue.BENCHMARKS['scienceqa'].score(bare, {
+      q.id: given[q.id] for q in bare.questions if q.id in given})
+  assert (found.n, found.value) == (0, 0)
+  questions, given, _ = scored('mme')
+  task = questions.take(q.id for q in questions.questions
+                        if q.groups['task'] == 'code_reasoning')
+  found = catalogue.BENCHMARKS['mme'].score(task, {q.id: given[q.id]
+                                                   for q in task.questions})
+  assert found.n == 0 and found.row('', 'cognition').n == 12
+
+
 def test_partial_circular_and_accuracy_plus_are_over_what_is_there():
   questions, given, _ = scored('mme')
   first = questions.questions[0]

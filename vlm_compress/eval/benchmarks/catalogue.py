@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from types import ModuleType
 
@@ -29,15 +28,19 @@ BENCHMARKS: dict[str, ModuleType] = {
 }
 
 
-def read(key: str, root: pathlib.Path, split: str | None = None) -> QuestionSet:
+def read(key: str, root: pathlib.Path, split: str | None = None,
+         ocr: bool | None = None) -> QuestionSet:
   """The questions of a benchmark.
 
   Args:
     key: one of BENCHMARKS.
     root: its directory, or one with a directory of that name.
     split: one of the module's SPLITS; None is the one that is scored here.
+    ocr: of TextVQA, whether prompts have OCR tokens; None if their file is there.
   """
   module = BENCHMARKS[key]
-  reader = (functools.partial(module.read, key=key) if module is video_qa
-            else module.read)
-  return reader(root) if split is None else reader(root, split=split)
+  if module is video_qa:
+    return video_qa.read(root, key)
+  if module is textvqa:
+    return textvqa.read(root, ocr)
+  return module.read(root) if split is None else module.read(root, split)

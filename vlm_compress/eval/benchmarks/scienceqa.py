@@ -108,6 +108,8 @@ def score(questions: QuestionSet, predictions: Mapping[str, str], *,
 def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
   """The table."""
   rows = list(scores.mean_rows(results, 'accuracy'))
+  if not any(r.question.image for r in results):  # a part without any
+    rows.append(scores.Row('picture', 'image', 0, {'accuracy': 0.0}))
   answered = [r for r in results if r.question.image and r.text is not None]
   if answered:
     share = sum(r.score for r in answered) / len(answered)

@@ -66,7 +66,8 @@ def read(root: pathlib.Path, ocr: bool | None = None) -> QuestionSet:
         f'train_images/{image}.jpg', answers=answers, aliases=(image,)))
   return QuestionSet(KEY, root, path, tuple(questions),
                      (Part('questions', len(questions), (5_000,)),), notes=(
-                         f'prompts of this set: {"with" if ocr else "without"} OCR tokens',))
+                         f'questions are {"" if ocr else "not "}asked with OCR tokens here; '
+                         'an answer file may come from other prompts',))
 
 
 def _ocr_lines(root: pathlib.Path) -> dict[tuple[str, str], tuple[str, ...]]:

@@ -120,7 +120,8 @@ def score(questions: QuestionSet, predictions: Mapping[str, str], *,
     return answer, accuracy(answer, question.answers)
   return scores.score(questions, predictions, judge=judge, summarise=summarise,
                       headline=HEADLINE, policy=POLICY, rule=rule,
-                      allow_partial=allow_partial)
+                      allow_partial=allow_partial,
+                      remark='val; published numbers are test-dev, from the server')
 
 
 def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
