@@ -83,6 +83,25 @@ def test_lmms_eval_pope_as_three_tasks_and_as_one(tmp_path):
   assert join(whole, questions) == given
 
 
+def test_lmms_eval_pope_task_with_questions_that_all_categories_have(tmp_path):
+  questions, given, _ = scored('pope')
+  same = {(q.other_ids, q.image, q.text) for q in questions.questions
+          if q.groups['category'] == 'adversarial'}
+  mine = [q for q in questions.questions if q.groups['category'] == 'popular'
+          and (q.other_ids, q.image, q.text) in same]
+  assert mine
+  metric = lambda q: {'pope_accuracy': {'question_id': q.other_ids[0], 'score': 1}}
+  path = write_lines(tmp_path / 'x_samples_pope_pop.jsonl', lmms_rows(mine, given, metric))
+  assert join(path, questions) == {q.id: given[q.id] for q in mine}
+
+
+def test_a_misspelt_word_of_one_pope_release_is_the_same_question(tmp_path):
+  questions, given, _ = scored('pope')
+  rows = [{**row, 'prompt': row['prompt'].replace('image', 'imange')}
+          for row in json_lines(ANSWERS['pope'])]
+  assert join(write_lines(tmp_path / 'a.jsonl', rows), questions) == given
+
+
 def vlmevalkit_rows(questions, given):
   """Rows as VLMEvalKit's tables have them."""
   return [{'index': q.id if q.picture else str(i), 'question': q.text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -131,3 +132,21 @@ def test_vizwiz_test_has_no_answers_and_says_so():
       f'What is this, number 0?\n{vizwiz.UNANSWERABLE}\n{vizwiz.SHORT_ANSWER}')
   with pytest.raises(DataError, match='not public.*--submission'):
     vizwiz.score(questions, {questions.questions[0].id: 'x'})
+
+
+def test_vizwiz_compares_the_official_form_with_humans_as_stored():
+  questions = vizwiz.read(DATA).take(['VizWiz_val_00000000.jpg'])
+  question = dataclasses.replace(questions.questions[0], answers=("man's",) * 10)
+  one = dataclasses.replace(questions, questions=(question,))
+  assert vizwiz.score(one, {question.id: "The man's"}).value == 100
+  assert vizwiz.score(one, {question.id: "The man's"}, rule='both-sides').value == 100
+  stored = dataclasses.replace(one, questions=(
+      dataclasses.replace(question, answers=('Red.',) * 10),))
+  assert vizwiz.score(stored, {question.id: 'Red.'}).value == 0
+  assert vizwiz.score(stored, {question.id: 'Red.'}, rule='both-sides').value == 100
+
+
+def test_mmbench_letter_counts_within_the_last_words_only():
+  options = ['a long option text', 'another long option text']
+  assert mmbench.infer('B is right you see', options) is None
+  assert mmbench.infer('so B is right yes', options) == 'B'
