@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vlm_compress.data.errors import DataError
@@ -16,8 +16,14 @@ from vlm_compress.data.errors import DataError
 _MAX_FIELD = 2**28  # characters; MMBench keeps whole pictures in a field
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike,
+              each: Callable[[dict[str, Any]], Any] = lambda value: value) -> Any:
   """The content of a JSON file.
+
+  Args:
+    path: the file.
+    each: what takes the place of an object, inner ones first; large files need
+      not be held whole.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -25,7 +31,7 @@ def read_json(path: str | os.PathLike) -> Any:
   """
   with _open(path) as stream:
     try:
-      return json.load(stream, object_pairs_hook=_unique_keys)
+      return json.load(stream, object_pairs_hook=lambda pairs: each(_unique_keys(pairs)))
     except json.JSONDecodeError as e:
       raise DataError(f'{path}: line {e.lineno}, column {e.colno}: malformed '
                       f'JSON ({e.msg}); correct the file or copy it again'

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
@@ -78,14 +79,23 @@ def read(root: pathlib.Path, split: str = 'val') -> QuestionSet:
 def _annotations(root: pathlib.Path) -> dict[int, tuple[tuple[str, ...], dict]]:
   path = first_file(root, ANNOTATIONS)
   found = {}
-  for i, row in enumerate(field(read_json(path), 'annotations', list, str(path))):
+  rows = field(read_json(path, _answer_alone), 'annotations', list, str(path))
+  for i, row in enumerate(rows):
     where = f'{path}: annotation {i}'
-    answers = tuple(vqa_text.spaces(field(a, 'answer', str, where))
+    answers = tuple(a if isinstance(a, str) else field(a, 'answer', str, where)
                     for a in field(row, 'answers', list, where))
     groups = {'answer type': field(row, 'answer_type', str, where),
               'question type': field(row, 'question_type', str, where)}
     found[field(row, 'question_id', int, where)] = (answers, groups)
   return found
+
+
+def _answer_alone(row: dict) -> dict | str:
+  """Of two million objects {answer, answer_id, ...} only the text is kept."""
+  text = row.get('answer')
+  if 'answer_id' in row and isinstance(text, str):
+    return sys.intern(vqa_text.spaces(text))
+  return row
 
 
 def accuracy_current(text: str, humans: Sequence[str]) -> Fraction:
