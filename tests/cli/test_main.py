@@ -85,7 +85,7 @@ def test_arguments_of_the_process_are_the_default(command, monkeypatch):
 @pytest.mark.parametrize('word, hint', [
     ('trian', 'did you mean train?'),
     ('quick-start', 'did you mean quickstart?'),
-    ('zzz', 'use one of quickstart, train, evaluate, generate, compress, '
+    ('zzz', 'use one of quickstart, train, evaluate, score, generate, compress, '
      'calibrate, benchmark, study, convert, export, prepare-data, '
      'compile'),
 ])
