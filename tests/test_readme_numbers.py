@@ -42,6 +42,16 @@ def test_the_performance_tables_are_the_benchmarks():
   assert shown == made.strip() and len(found['inference']) >= 20
 
 
+def test_other_runs_of_the_benchmark_have_their_table():
+  found = sorted((ROOT / 'results').glob('benchmark_*/benchmark.json'))
+  assert found
+  for path in found:
+    made = benchmark_report.markdown(json.loads(path.read_text()))
+    assert path.with_suffix('.md').read_text() == made
+    assert str(path.with_suffix('.md').relative_to(ROOT)) in (
+        ROOT / 'README.md').read_text()
+
+
 def test_the_compile_table_is_that_of_the_reports():
   founds = [json.loads(path.read_text()) for path in sorted(
       (ROOT / 'results/compile').glob('*/compile.json'))]
