@@ -31,9 +31,22 @@ def row_shape(batch: Any) -> RowShape:
   return RowShape(whole, text.length, text.num_images, text.has_pixels)
 
 
+def _read(batch: Any) -> tuple[int, int]:
+  """Tokens that the decoder reads of a batch, and the slots they stand in."""
+  if isinstance(batch, Batch):
+    return int(np.sum(batch.valid)), batch.valid.size
+  compressed = batch[0]
+  segment, images = len(compressed.segment_ids), compressed.text.image_valid
+  tokens, slots = _read(compressed.text)
+  return tokens + segment * int(np.sum(images)), slots + segment * images.size
+
+
 class Throughput:
   """Counts steps, and gives rates since it was asked last.
 
+  Tokens are those that the decoder reads, padding left out: of VoCo both
+  passes, BOS and newline of every compressed picture included, but not what a
+  teacher reads.
   Model FLOPs utilisation is FLOPs by formula (eval/training_cost.py) / time /
   the chips' published peak; it is left out where that is not known.
   """
@@ -48,8 +61,8 @@ class Throughput:
 
   def _start(self) -> None:
     self._since = time.perf_counter()
-    self._steps = self._tokens = self._slots = 0
-    self._flops = 0.0
+    self._steps = 0
+    self._tokens = self._slots = self._flops = 0.0
 
   def step(self, batch: Any) -> None:
     """Counts a step on this process's rows of a batch."""
@@ -58,8 +71,11 @@ class Throughput:
     self._steps += 1
     if text is None:
       return
-    self._tokens += int(np.sum(text.valid))
-    self._slots += text.valid.size
+    tokens, slots = _read(batch)
+    # Processes may hold the same part of a batch: parts count, not processes.
+    parts = self._recipe.batch_size / len(text.valid)
+    self._tokens += parts * tokens
+    self._slots += parts * slots
     shape = row_shape(batch)
     if shape not in self._costs:
       self._costs[shape] = step_cost(
@@ -68,12 +84,11 @@ class Throughput:
     self._flops += self._costs[shape].model
 
   def rates(self) -> dict[str, float]:
-    """Of all processes, taking the others' rows for as full as one's own."""
+    """Of the whole batch, taking its other parts for as full as one's own."""
     seconds = time.perf_counter() - self._since
-    count = jax.process_count()
     out = {'steps_per_second': self._steps / seconds,
            'examples_per_second': self._steps * self._recipe.batch_size / seconds,
-           'tokens_per_second': count * self._tokens / seconds,
+           'tokens_per_second': self._tokens / seconds,
            'model_flops_per_second': self._flops / seconds,
            'memory_bytes': memory_bytes()}
     if self._slots:
