@@ -6,7 +6,8 @@ Command:   vlm-compress train --config=configs/easy_vqa.py:full \
              --checkpoint=easy_vqa/full/model --data-root=easy_vqa
            voco1 and atp start from it: --config.init_from=easy_vqa/full/model
 Hardware:  2 CPU cores.
-Expected:  not run to the end yet.
+Hours:     none was computed or measured.
+Expected:  not run to the end yet; the literature has no scores of VoCo or ATP here.
 
 One shape per picture makes compression nearly trivial here; the numbers of
 interest are those of openmoji_grid.

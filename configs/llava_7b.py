@@ -1,7 +1,8 @@
 """LLaVA-1.5 and its compression at 7B and 13B: alignment, instruction, VoCo, ATP.
 
-Arguments: align, instruct, voco, atp (144 tokens), atp88; 13b_align ... for 13B,
-  tiny_align ... for a model of 40 thousand parameters on any machine.
+Arguments: align, instruct, voco, atp (144 tokens), atp88, atp_frozen (144 tokens,
+  ATP's modules learn alone); 13b_align ... for 13B, tiny_align ... for a model of
+  40 thousand parameters on any machine.
 Data:      vlm-compress prepare-data --json=blip_laion_cc_sbu_558k.json \
              --images=pretrain --out=data/blip_laion_cc_sbu_558k
            vlm-compress prepare-data --json=llava_v1_5_mix665k.json \
@@ -10,14 +11,21 @@ Weights:   vlm-compress convert --llm=vicuna-7b-v1.5 \
              --vision=clip-vit-large-patch14-336 --to=runs/llava_7b/start
 Command:   vlm-compress train --config=configs/llava_7b.py:align \
              --workdir=runs/llava_7b/align
-           then instruct, then voco, atp or atp88, which start from it; another
+           then instruct, then voco or one of atp's, which start from it; another
            start: --config.init_from=DIR
 Hardware:  v5e-256, or v5p with 64 chips: --config.mesh.fsdp=64
            --config.mesh.tensor=1 there.  Before
            renting one: vlm-compress compile --config=configs/llava_7b.py:voco \
              --topology=v5e:16x16
            says whether it fits and gives hours; results/compile has some.
-Expected:  nothing here was trained by us.  Published, 7B:
+Hours:     compiler bound, not measured: the bound of a step (results/compile) times
+           the steps, which a real run exceeds; 7B, on v5p with the mesh above:
+           voco      0.76 on v5e-256, 1.30 on v5p with 64 chips
+           atp       0.41 on v5e-256, 0.71 on v5p with 64 chips
+           atp88     as atp: the same program with another target
+           align, instruct, atp_frozen, and all of 13B: none was computed
+Expected:  nothing here was trained by us.  The literature's, 7B:
+           align     no scores: it is where instruct starts
            instruct  VQAv2 78.5, GQA 62.0, POPE 85.9, MMBench 64.3, MME 1510.7,
                      SQA-I 66.8 (LLaVA-1.5, arXiv 2310.03744); 13B: VQAv2 80.0,
                      GQA 63.3, POPE 85.9, MMBench 67.7, MME 1531.3, SQA-I 71.6
@@ -27,10 +35,13 @@ Expected:  nothing here was trained by us.  Published, 7B:
                      the full model with 144 tokens
            atp88     GQA 56.8, MMBench 64.7, POPE 82.6, VQAv2 73.3; 94.6 % with
                      88 (arXiv 2412.00447)
+           atp_frozen, and 13B of voco and atp: no scores that we know of
 
 LLaVA-1.5's recipe: a projector that learns alone from captions, then projector
 and decoder from conversations, the tower always frozen; cosine with 3 % warm-up,
-no weight decay, bfloat16 with float32 masters.
+no weight decay, bfloat16 with float32 masters.  VoCo leaves out the 40,688 rows
+without a picture: its two epochs are of the other 624,610.  atp_frozen is atp in
+all but what learns; its rate is atp's, too.
 """
 
 from __future__ import annotations
@@ -44,10 +55,11 @@ from vlm_compress.presets import preset, prune_after_for
 from vlm_compress.train.recipe import Recipe
 
 NUM_CAPTIONS, NUM_CONVERSATIONS = 558_128, 665_298  # rows of the two files
+NUM_TEXT_ONLY = 40_688  # conversations without a picture, which teach VoCo nothing
 WARMUP = 0.03
 PROJECTOR, DECODER = 'multi_modal_projector/', 'language_model/'
 SIZES = {'13b': 'llava_1_5_13b', 'tiny': 'tiny'}
-STAGES = ('align', 'instruct', 'voco', 'atp', 'atp88')
+STAGES = ('align', 'instruct', 'voco', 'atp', 'atp88', 'atp_frozen')
 
 
 def _size(name: str) -> dict:
@@ -70,8 +82,9 @@ def _recipe(stage: str, rows: int, batch_size: int, epochs: int, rate: float,
 
 def _stage(name: str, num_layers: int) -> tuple[dict, dict, dict]:
   """What a stage adds to the model, to the rows and to the recipe."""
-  tuned = lambda stage, epochs, *more: _recipe(
-      stage, NUM_CONVERSATIONS, 128, epochs, 2e-5, PROJECTOR, DECODER, *more)
+  with_picture = NUM_CONVERSATIONS - NUM_TEXT_ONLY
+  tuned = lambda stage, *learn, rows=NUM_CONVERSATIONS, epochs=1: _recipe(
+      stage, rows, 128, epochs, 2e-5, *learn)
   one_turn = {'template': 'vicuna_v1', 'one_turn': True}
   atp = lambda tokens: {'atp': {'target_tokens': tokens,
                                 'prune_after': prune_after_for(num_layers)}}
@@ -80,12 +93,15 @@ def _stage(name: str, num_layers: int) -> tuple[dict, dict, dict]:
       'align': ({}, {'template': 'plain', 'image_aspect_ratio': 'crop',
                      'length': 1024, 'bucket_lengths': (640, 768, 1024)},
                 _recipe('align', NUM_CAPTIONS, 256, 1, 1e-3, PROJECTOR)),
-      'instruct': ({}, {'template': 'vicuna_v1'}, tuned('instruct', 1)),
+      'instruct': ({}, {'template': 'vicuna_v1'},
+                   tuned('instruct', PROJECTOR, DECODER)),
       'voco': ({'voco': {'num_voco_tokens': 1}},
                {'template': 'voco', 'num_voco_tokens': (1,)},
-               tuned('voco', 2, 'voco_embedding')),
-      'atp': (atp(144.0), one_turn, tuned('atp', 1, 'atp/')),
-      'atp88': (atp(88.0), one_turn, tuned('atp', 1, 'atp/')),
+               tuned('voco', PROJECTOR, DECODER, 'voco_embedding',
+                     rows=with_picture, epochs=2)),
+      'atp': (atp(144.0), one_turn, tuned('atp', PROJECTOR, DECODER, 'atp/')),
+      'atp88': (atp(88.0), one_turn, tuned('atp', PROJECTOR, DECODER, 'atp/')),
+      'atp_frozen': (atp(144.0), one_turn, tuned('atp', 'atp/')),
   }[name]
 
 
