@@ -160,3 +160,18 @@ def close(actual, expected, tolerance: float = 1e-5) -> None:
   """Asserts equality within an absolute and relative tolerance."""
   np.testing.assert_allclose(np.asarray(actual), np.asarray(expected),
                              rtol=tolerance, atol=tolerance)
+
+
+class Compilations:
+  """Counts what jax compiles, whoever asks for it."""
+
+  def __enter__(self):
+    self.count = 0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def _listen(self, name, *_, **__):
+    self.count += name == '/jax/core/compile/backend_compile_duration'
+
+  def __exit__(self, *_):
+    jax.monitoring.unregister_event_duration_listener(self._listen)

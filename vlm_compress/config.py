@@ -9,6 +9,7 @@ and not inside a compiled program.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 VISION_TYPES = ('clip_vision_model', 'efficientnet_lite0')
@@ -34,6 +35,13 @@ def check(condition: bool, message: str) -> None:
   """Raises ConfigError(message) unless the condition holds."""
   if not condition:
     raise ConfigError(message)
+
+
+def check_whole(name: str, value: Any, least: float = float('-inf')) -> None:
+  """Raises ConfigError unless it is a whole number, and not below `least`."""
+  check(isinstance(value, numbers.Integral) and not isinstance(value, bool),
+        f'{name}={value!r}: must be a number without fraction')
+  check(value >= least, f'{name}={value}: at least {least}')
 
 
 def _positive(section: str, config: Any, *names: str) -> None:

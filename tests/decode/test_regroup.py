@@ -10,6 +10,7 @@ import pytest
 from core_helpers import BOS, IMAGE, Sample
 
 from vlm_compress.config import ConfigError
+from vlm_compress.decode import regroup
 from vlm_compress.decode.prefilled import entering
 from vlm_compress.decode.regroup import SlotCount, count_slots, prefill_regrouped
 from vlm_compress.decode.segmented import SegmentedModel
@@ -86,8 +87,14 @@ def test_a_regrouped_queue_is_its_prompts_one_by_one(name):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_what_is_left_comes_from_batches_of_any_size(seed):
+def test_what_is_left_comes_from_batches_of_any_size(seed, monkeypatch):
   """Few rows, a rung for every count: the last batches mix short and long."""
+  waiting, full_bins = [], regroup._Line.full_bins
+
+  def watched(self):
+    yield from full_bins(self)
+    waiting.extend(len(rows) for bins in self.bins for rows in bins.values())
+  monkeypatch.setattr(regroup._Line, 'full_bins', watched)
   config = helpers.atp_config(capacities=tuple(range(1, 16)))
   model = _model(config)
   rng = np.random.default_rng(seed)
@@ -100,6 +107,7 @@ def test_what_is_left_comes_from_batches_of_any_size(seed):
   for names, state in prefill_regrouped(model, batches, PruneOptions(), 0, count):
     done.update(zip(names, np.asarray(state.logits)))
   assert sorted(done) == list(range(8))
+  assert max(waiting) == 1  # batch_size - 1, whatever comes
   plain = SlotCount()
   for names, batch in batches:
     state = model.prefill(batch, PruneOptions())
@@ -157,6 +165,18 @@ def test_bad_queues_are_refused():
       model, queue, PruneOptions(**options)))
   batch = batch_of(prompts(config)[:2], config)
   assert run() == []
+  ids = np.arange(2, dtype=np.int32)
+  for numbers, row_ids, words in (
+      ([1, 1], None, 'number 1 twice'), ([0, 2], ids, 'none for prompt number 2'),
+      ([0, -1], ids, 'none for prompt number -1'), ([0, 1.5], None, '=1.5: must be')):
+    with pytest.raises(ConfigError, match=words):
+      run((numbers, batch), row_ids=row_ids)
+  plain = SegmentedModel(helpers.tiny(), helpers.build(helpers.tiny())[1])
+  for other, options, room, words in (
+      (plain, PruneOptions(), 0, 'without ATP'), (model, None, 0, 'without ATP'),
+      (model, PruneOptions(), -1, 'room=-1: at least 0')):
+    with pytest.raises(ConfigError, match=words):
+      list(prefill_regrouped(other, [([0, 1], batch)], options, room))
   for ids in ([], [1, 2, 3]):
     with pytest.raises(ConfigError, match='2 rows has . numbers'):
       run((ids, batch))

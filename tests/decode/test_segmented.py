@@ -29,6 +29,7 @@ CONFIGS = {
     'last': helpers.atp_config(cross_queries='last', score_norm='rank'),
     'fixed': helpers.atp_config(selector='fixed', fixed_counts=COUNTS),
     'random': helpers.atp_config(selector='random', fixed_counts=COUNTS),
+    'uniform': helpers.atp_config(selector='uniform', fixed_counts=COUNTS),
     'first': helpers.atp_config(selector='random', prune_after=(0, 2),
                                 fixed_counts=(10, 3)),
     'placed': helpers.atp_config(prune_after=(2,), target_tokens=10.0)}
@@ -213,21 +214,6 @@ def test_compressing_and_reading_are_the_two_passes(sees_prefix):
   helpers.close(state.logits, logits)
 
 
-class Compilations:
-  """Counts what jax compiles, whoever asks for it."""
-
-  def __enter__(self):
-    self.count = 0
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
-    return self
-
-  def _listen(self, name, *_, **__):
-    self.count += name == '/jax/core/compile/backend_compile_duration'
-
-  def __exit__(self, *_):
-    jax.monitoring.unregister_event_duration_listener(self._listen)
-
-
 def stream(config, count):
   """Batches of two different pictures each, with questions of any length."""
   rng = np.random.default_rng(5)
@@ -244,7 +230,7 @@ def test_nothing_is_compiled_for_200_different_images():
   count = model.compile_ahead(batch_size=2, length=32, text=16, room=4)
   assert count == len(model.programs) > 20
   slots = set()
-  with Compilations() as compilations:
+  with helpers.Compilations() as compilations:
     for shift, batch in zip(np.linspace(-1.0, 1.0, 100), stream(config, 200)):
       options = PruneOptions() if shift > 0.5 else PruneOptions(
           threshold_shift=shift, row_ids=np.int32([1, 2]))
@@ -254,7 +240,7 @@ def test_nothing_is_compiled_for_200_different_images():
       slots |= set(enumerate(state.slots))
   assert compilations.count == 0 and len(model.programs) == count
   assert len(slots) >= 10  # many rungs were met
-  with Compilations() as compilations:
+  with helpers.Compilations() as compilations:
     model.prefill(next(stream(config, 2)), None)
   assert compilations.count > 0  # the counter counts
 
@@ -287,6 +273,26 @@ def test_what_cannot_be_is_refused():
     segmented(helpers.tiny()).prefill(batch, PruneOptions())
   with pytest.raises(ConfigError, match='pruned=True'):
     segmented(helpers.tiny()).compile_ahead(1, 32, 8, 0)
+  fits = {'batch_size': 1, 'length': 24, 'text': 8, 'room': 0}
+  for name, value, words in (
+      ('batch_size', 0, 'batch_size=0: at least 1'), ('text', 0, 'text=0: at'),
+      ('text', -5, 'text=-5: at least 1'), ('room', -1, 'room=-1: at least 0'),
+      ('room', 1.5, 'room=1.5: must be'), ('length', 23, 'length=23: .* 24 slots'),
+      ('num_images', 0, 'num_images=0: at least 1'), ('num_images', 2, '40 slots'),
+      ('shortest', 9, 'shortest=9 is above text=8'), ('shortest', 0, 'shortest=0')):
+    with pytest.raises(ConfigError, match=words):
+      model.compile_ahead(**{**fits, name: value})
+  for run in (model.prefill, lambda some, *args: model.read_behind(some, [], *args[1:])):
+    with pytest.raises(ConfigError, match='room=-1: at least 0'):
+      run(batch, None, -1)
+  for ids in ([5], np.zeros((4, 1)), 3):
+    with pytest.raises(ConfigError, match=r'row_ids: shape .* for 4 row\(s\)'):
+      model.prefill(batch, PruneOptions(row_ids=ids))
+  for count in (0, 2, 5):
+    with pytest.raises(ConfigError, match=f'there are {count} prefixes'):
+      model.read_behind(batch, [None] * count)
+  with pytest.raises(ConfigError, match='there are 4 prefixes'):
+    segmented(helpers.tiny()).read_behind(batch, [None] * 4)
   ends = helpers.batch([Sample((BOS, 6, IMAGE))], config, length=24, num_images=1)
   with pytest.raises(ConfigError, match='ends in an image'):
     model.prefill(ends, PruneOptions())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlm_compress.config import LlavaConfig
@@ -41,7 +40,7 @@ class Prefilled:
 def entering(config: LlavaConfig, pruning: Pruning) -> np.ndarray:
   """Visual tokens that entered each layer, float32[M, B, I]."""
   valid = np.asarray(pruning.inputs.image_valid, np.float32)
-  counts = np.asarray(jnp.sum(pruning.state.module_keep, axis=-1))
+  counts = np.sum(np.asarray(pruning.state.module_keep), axis=-1)
   passed = [sum(c <= layer for c in config.atp.prune_after)
             for layer in range(config.text.num_hidden_layers)]
   return np.stack([counts[n - 1] if n else valid * config.num_visual_tokens

@@ -7,6 +7,17 @@ At the end of the queue what is left goes together from the fullest down.
 
 A row's result does not depend on its batch, so this changes no answer.  A row
 that waits is a copy of its own: the batch that it comes from is let go.
+
+What can wait is bounded, however long the queue is.  A bin that fills up runs
+at once, so between two batches of the queue at most
+
+  (batch_size - 1) x modules x (rungs x text lengths + 1)
+
+rows wait, where text lengths are those in the queue, in steps of TEXT_STEP.  A
+row holds slots x D values that enter the next segment and, of every layer that
+it has passed, keys and values: 2 K H x (slots of that segment + room), which is
+never more than the cache of the same prompt without pruning.  (D hidden size,
+K key/value heads, H head size.)
 """
 
 from __future__ import annotations
@@ -18,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_compress.config import check
+from vlm_compress.config import check, check_whole
 from vlm_compress.decode.prefilled import Prefilled, row_text_slots
 from vlm_compress.decode.segmented import SegmentedModel
 from vlm_compress.models import segments as seg
@@ -98,11 +109,16 @@ def prefill_regrouped(model: SegmentedModel,
     Prompts as they are done, not in the order of the queue.
 
   Raises:
-    ConfigError: batches of several shapes, one without numbers, or prompts
-      that SegmentedModel.prefill refuses.
+    ConfigError: a model or options without pruning, batches of several shapes,
+      numbers that are missing or come twice, or prompts that
+      SegmentedModel.prefill refuses.
   """
+  check(model.config.atp is not None and options is not None, 'without ATP '
+        'modules (config.atp) and options for them all rows stay as long as '
+        'they are; read them with SegmentedModel.prefill')
+  check_whole('room', room, 0)
   line = _Line(model, room, SlotCount() if count is None else count)
-  shape = None
+  shape, known = None, set()
   for ids, batch in queue:
     seen = (batch.input_ids.shape, batch.features.shape)
     check(shape in (None, seen), f'a queue has batches of shapes {shape} and '
@@ -110,12 +126,26 @@ def prefill_regrouped(model: SegmentedModel,
     check(0 < len(ids) <= len(batch.input_ids), f'a batch of '
           f'{len(batch.input_ids)} rows has {len(ids)} numbers; give one for '
           'each row, fillers behind them apart')
+    _check_numbers(ids, known, options)
     shape = seen
     fillers = [ids[-1]] * (len(batch.input_ids) - len(ids))
     some = options if options.row_ids is None else options.replace(
         row_ids=np.asarray(options.row_ids)[ids + fillers])
     yield from line.enter(ids, batch, some)
   yield from line.rest()
+
+
+def _check_numbers(ids: list[int], known: set[int], options: PruneOptions
+                   ) -> None:
+  """Checks the numbers of a batch, and adds them to those that are known."""
+  for i in ids:
+    check_whole('the number of a prompt', i)
+    check(i not in known, f'the queue has number {i} twice; give every prompt '
+          'its own')
+    known.add(i)
+    check(options.row_ids is None or 0 <= i < np.size(options.row_ids),
+          f'PruneOptions.row_ids has {np.size(options.row_ids)} id(s) and none '
+          f'for prompt number {i}')
 
 
 class _Line:

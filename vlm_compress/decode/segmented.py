@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_compress import sharding
-from vlm_compress.config import LlavaConfig, check
+from vlm_compress.config import LlavaConfig, check, check_whole
 from vlm_compress.decode.prefilled import TEXT_STEP, Prefilled, text_slots
 from vlm_compress.decode.programs import Programs
 from vlm_compress.models import segments as seg
@@ -79,9 +79,10 @@ class SegmentedModel:
       room: tokens that can be added later.
 
     Raises:
-      ConfigError: soft masks, modules that the model has not, turns, or a row
-        that ends in an image.
+      ConfigError: soft masks, modules that the model has not, not an id per
+        row, turns, a row that ends in an image, or room below 0.
     """
+    check_whole('room', room, 0)
     num_images = batch.features.shape[1]
     fit = functools.partial(self.fit, text=text_slots(batch),
                             num_images=num_images)
@@ -142,10 +143,14 @@ class SegmentedModel:
       room: tokens that can be added later.
 
     Raises:
-      ConfigError: turns.
+      ConfigError: turns, prefixes of another number of segments, or room below
+        0.
     """
     _check_turns(text)
-    bounds = self.bounds(len(prefixes) > 1)
+    check_whole('room', room, 0)
+    bounds = self.bounds(len(prefixes) > 1 and self.config.atp is not None)
+    check(len(prefixes) == len(bounds), f'there are {len(prefixes)} prefixes; '
+          'give one of all layers, or one for each segment of a pruned model')
     text = text.replace(features=text.features[:, :0],
                         image_valid=text.image_valid[:, :0])
     tokens = self.programs.call(('text',), lambda rest, text: (
@@ -220,13 +225,16 @@ class SegmentedModel:
         *args, donate=(3,))
 
   def compile_ahead(self, batch_size: int, length: int, text: int, room: int,
-                    num_images: int = 1, pruned: bool = True) -> int:
+                    num_images: int = 1, pruned: bool = True,
+                    shortest: int = 1) -> int:
     """Compiles all that `prefill` and `extend` can need for such batches.
 
+    `prefill_regrouped` runs the same segments; its own programs, which move
+    rows between batches, are not among these.
+
     Args:
-      batch_size: rows; length: their slots, T.
-      text: text tokens of the longest prompt; there are programs for all
-        shorter ones, too.
+      batch_size: rows; length: their slots, T, enough for images and text.
+      text: text tokens of the longest prompt; shortest: of the shortest one.
       room: as for prefill.
       num_images: images per row.
       pruned: with modules, or the plain model.
@@ -235,15 +243,16 @@ class SegmentedModel:
       How many programs there are now.
 
     Raises:
-      ConfigError: pruned, and the model has no modules.
+      ConfigError: a number that cannot be, or pruned without modules.
     """
-    check(not pruned or self.config.atp is not None, 'pruned=True for a model '
-          'without modules (config.atp is None)')
+    self._check_ahead(batch_size, length, text, room, num_images, pruned,
+                      shortest)
     batch = jax.eval_shape(lambda: example_batch(
         self.config, batch_size, num_images,
         length - num_images * self.config.num_visual_tokens))
     options = PruneOptions(threshold_shift=0.0) if pruned else None
-    texts = range(TEXT_STEP, text + TEXT_STEP, TEXT_STEP)
+    whole = lambda tokens: -(-tokens // TEXT_STEP) * TEXT_STEP
+    texts = range(whole(shortest), whole(text) + 1, TEXT_STEP)
 
     def all_cuts(some: dict[int, Tokens]) -> dict[int, Tokens]:
       out = {}
@@ -272,6 +281,20 @@ class SegmentedModel:
     finally:
       self.programs.only_compiling = False
     return len(self.programs)
+
+  def _check_ahead(self, batch_size: int, length: int, text: int, room: int,
+                   num_images: int, pruned: bool, shortest: int) -> None:
+    check(not pruned or self.config.atp is not None, 'pruned=True for a model '
+          'without modules (config.atp is None)')
+    for name, value, least in (
+        ('batch_size', batch_size, 1), ('length', length, 1), ('text', text, 1),
+        ('room', room, 0), ('num_images', num_images, int(pruned)),
+        ('shortest', shortest, 1)):
+      check_whole(name, value, least)
+    check(shortest <= text, f'shortest={shortest} is above text={text}')
+    need = num_images * self.config.num_visual_tokens + text
+    check(length >= need, f'length={length}: {num_images} image(s) and text='
+          f'{text} take {need} slots; give as many or more')
 
   # ------------------------------------------------- what prefill is made of
 
@@ -314,6 +337,8 @@ class SegmentedModel:
   def _as_arrays(self, options: PruneOptions, num_rows: int) -> PruneOptions:
     """Options of one form, so that there is one program for all of them."""
     shift, ids = options.threshold_shift, options.row_ids
+    check(ids is None or np.shape(ids) == (num_rows,), 'PruneOptions.row_ids: '
+          f'shape {np.shape(ids)} for {num_rows} row(s); give each row its id')
     return options.replace(
         temperature=np.float32(options.temperature),
         threshold_shift=np.float32(

@@ -44,6 +44,13 @@ def tokens(model: SegmentedModel, state: Prefilled, *, max_new_tokens: int,
       model.extend(chosen, state)
 
 
+def compile_ahead(model: SegmentedModel, batch_size: int) -> None:
+  """Compiles the greedy choice of `tokens` for so many rows."""
+  logits = np.zeros((batch_size, model.config.text.vocab_size), np.float32)
+  _pick(jax.device_put(logits, model.programs.out), jax.random.key(0),
+        np.int32(0), 0.0, 1.0)
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _pick(logits: jax.Array, key: jax.Array, step: jax.Array,
           temperature: float, top_p: float) -> jax.Array:
