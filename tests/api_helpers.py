@@ -10,11 +10,21 @@ import numpy as np
 
 from vlm_compress import api
 from vlm_compress.convert.processor import Processor
+from vlm_compress.data.examples import Turn
 from vlm_compress.data.tokenizer import word_level
 from vlm_compress.models.llava import Llava, init_params
 
 TOKENIZER = word_level(
     'what is this on the left right side a cat dog red blue .'.split())
+
+
+# What no question can be, and words of the message.
+NO_PROMPTS = ((5, 'prompt=5: give a question'), (None, 'prompt=None: give a q'),
+              (['what'], r"prompt=\['what'\]: give a question"),
+              ([Turn(5)], 'prompt=.*give a question'),
+              ([Turn('what', None)], 'prompt=.*give a question'),
+              ([], 'no turn'),
+              ([Turn('what', 'a cat')], 'last turn of the prompt has an answer'))
 
 
 def make(config, seed=1, **text) -> api.Vlm:

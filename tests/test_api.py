@@ -9,7 +9,7 @@ import core_helpers as helpers
 import jax
 import numpy as np
 import pytest
-from api_helpers import TOKENIZER, make
+from api_helpers import NO_PROMPTS, TOKENIZER, make
 from PIL import Image
 
 from vlm_compress import api, batches, sharding
@@ -341,6 +341,9 @@ def test_the_end_of_the_answer(vlms, pictures):
      ['num_voco_tokens=3', '1 to 2']),
     ('voco', QUESTION, {'num_voco_tokens': 0}, ConfigError, ['1 to 2']),
     ('full', QUESTION, {'max_new_tokens': 0}, ConfigError, ['max_new_tokens=0']),
+    ('full', QUESTION, {'max_new_tokens': 2.5}, ConfigError, ['fraction']),
+    ('full', QUESTION, {'seed': '1'}, ConfigError, ["seed='1'", 'fraction']),
+    ('full', QUESTION, {'temperature': '1'}, ConfigError, ["ture='1': must be"]),
     ('full', QUESTION, {'temperature': -1.0}, ConfigError, ['temperature']),
     ('full', QUESTION, {'top_p': 0.0}, ConfigError, ['top_p=0.0'])])
 def test_bad_input_is_one_line(vlms, pictures, name, prompt, change, error,
@@ -349,6 +352,19 @@ def test_bad_input_is_one_line(vlms, pictures, name, prompt, change, error,
     api.generate(vlms[name], prompt, **{'images': pictures[:1], **change})
   message = str(caught.value)
   assert '\n' not in message and all(w in message for w in words), message
+
+
+@pytest.mark.parametrize('prompt, words', NO_PROMPTS)
+def test_what_is_no_prompt_is_refused_by_all(vlms, pictures, prompt, words):
+  vlm, image = vlms['atp'], pictures[:1]
+  for ask in (lambda: api.generate(vlm, prompt, image),
+              lambda: api.keep_image(vlm, pictures[0], prompt),
+              lambda: prepare(vlm, prompt, image, 'full', None)):
+    with pytest.raises(ConfigError, match=words):
+      ask()
+  if 'has an answer' not in words:
+    with pytest.raises(ConfigError, match=words):
+      api.logits(vlm, prompt, image)
 
 
 def test_compressed_images_that_do_not_fit(vlms, pictures):
@@ -366,6 +382,9 @@ def test_compressed_images_that_do_not_fit(vlms, pictures):
       api.generate(asked, QUESTION, given, **options)
   with pytest.raises(ConfigError, match='no VoCo tokens'):
     api.compress_image(vlms['atp'], pictures[0])
+  for count in (1.5, '1', True):
+    with pytest.raises(ConfigError, match=f'num_voco_tokens={count!r}: must be'):
+      api.compress_image(vlm, pictures[0], count)
   blind = {k: v for k, v in vlm.params.items() if k != 'vision_tower'}
   with pytest.raises(ConfigError, match='no weights of its CLIP tower'):
     api.compress_image(dataclasses.replace(vlm, params=blind), pictures[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import core_helpers as helpers
 import numpy as np
 import pytest
-from api_helpers import TOKENIZER, make
+from api_helpers import NO_PROMPTS, TOKENIZER, make
 
 from vlm_compress import api
 from vlm_compress.batches import Request, answer_all
@@ -82,6 +82,49 @@ def test_rows_end_where_they_would_alone(pictures):
   assert {'eos', 'context'} <= {g.ended for g in got}
 
 
+def test_after_compiling_ahead_nothing_is_compiled(pictures):
+  vlm = make(helpers.atp_config(prune_after=(1,), target_tokens=10.0,
+                                capacities=(8,)), num_hidden_layers=2)
+  count = api.compile_ahead(vlm, text_tokens=8, max_new_tokens=3)
+  assert count == len(vlm.segmented.programs)
+  with helpers.Compilations() as compilations:
+    for prompt, picture in zip(('what', QUESTIONS[1], QUESTIONS[2]), pictures):
+      answer = api.generate(vlm, prompt, [picture], max_new_tokens=3)
+      assert answer.visual_tokens is not None
+  assert compilations.count == 0 and len(vlm.segmented.programs) == count
+  # in batches, and without the modules
+  count = api.compile_ahead(vlm, text_tokens=8, max_new_tokens=3, batch_size=2,
+                            method='full')
+  requests = [Request(q, [p]) for q, p in zip(QUESTIONS[1:4], pictures)]
+  answer_all(vlm, requests, batch_size=2, max_new_tokens=3, method='full')
+  assert len(vlm.segmented.programs) == count
+
+
+def test_compiling_ahead_pads_as_prompts_are_padded(monkeypatch):
+  vlm, calls = make(helpers.atp_config()), []
+  monkeypatch.setattr(vlm.segmented, 'compile_ahead', lambda *args: calls.append(args))
+  api.compile_ahead(vlm, text_tokens=60, max_new_tokens=66, batch_size=3)
+  # 16 visual tokens: up to 48 of text in 64 slots
+  assert calls == [(3, 64, 48, 128, 1, True, 1), (3, 128, 60, 128, 1, True, 49)]
+  calls.clear()
+  api.compile_ahead(vlm, text_tokens=64, num_images=0, max_new_tokens=1)
+  api.compile_ahead(vlm, text_tokens=9, num_images=2, method='full')
+  assert calls == [(1, 64, 64, 0, 0, False, 1), (1, 64, 9, 64, 2, False, 1)]
+  for options, words in (
+      ({'text_tokens': 0}, 'text_tokens=0: at least 1'),
+      ({'text_tokens': 8.5}, 'text_tokens=8.5: must be'),
+      ({'num_images': -1}, 'num_images=-1: at least 0'),
+      ({'batch_size': '1'}, "batch_size='1': must be"),
+      ({'max_new_tokens': 0}, 'max_new_tokens=0: at least 1'),
+      ({'method': 'voco'}, 'no VoCo tokens'),
+      ({'text_tokens': vlm.config.text.max_position_embeddings - 16},
+       'text_tokens=.* leaves no room')):
+    with pytest.raises(ConfigError, match=words):
+      api.compile_ahead(vlm, **{'text_tokens': 8, **options})
+  with pytest.raises(ConfigError, match='ask one question instead'):
+    api.compile_ahead(make(helpers.voco_config()), text_tokens=8)
+
+
 def test_bad_requests_are_refused(pictures):
   vlm = make(helpers.tiny(), max_position_embeddings=20)
   with pytest.raises(ConfigError, match='batch_size=0'):
@@ -89,5 +132,17 @@ def test_bad_requests_are_refused(pictures):
   with pytest.raises(ConfigError, match='max_new_tokens=0'):
     answer_all(vlm, [], max_new_tokens=0)
   assert answer_all(vlm, []) == []
+  for options, words in (
+      ({'batch_size': '2'}, "batch_size='2': must be a number"),
+      ({'batch_size': 2.5}, 'batch_size=2.5: must be'),
+      ({'batch_size': True}, 'batch_size=True: must be'),
+      ({'max_new_tokens': 2.5}, 'max_new_tokens=2.5: must be'),
+      ({'requests': 5}, 'requests is a int; give a list of batches.Request'),
+      ({'requests': [Request('what'), 'what']}, r'requests\[1\] is a str; give'),
+      ({'requests': Request('what')}, r'requests\[0\] is a str; give'),
+      *(({'requests': [Request('a cat'), Request(prompt, [pictures[0]])]}, words)
+        for prompt, words in NO_PROMPTS)):
+    with pytest.raises(ConfigError, match=words):
+      answer_all(vlm, **{'requests': [], **options})
   with pytest.raises(ConfigError, match='takes all 20 positions'):
     answer_all(vlm, [Request('what', [pictures[0]])])

@@ -7,6 +7,8 @@
   compress_image  a picture as VoCo tokens, to ask several questions about
                   (`keep_image`: as the tokens that ATP keeps)
 
+`compile_ahead` takes the compiling out of the first questions.
+
 `generate` and the command of that name are the same code.  A prompt is padded
 to a multiple of 64 tokens, which changes no result, and compiled programs and
 the vision features of the last pictures are kept, so a second question costs
@@ -26,7 +28,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_compress.config import ConfigError, check
+from vlm_compress.config import ConfigError, check, check_whole
 from vlm_compress.convert import files
 from vlm_compress.convert.processor import Processor, load_processor
 from vlm_compress.data import tokenizer as tokenizer_lib
@@ -45,12 +47,13 @@ from vlm_compress.vlm import (
   Vlm,
   compress_image,
   keep_image,
+  padded,
   prefill,
   prepare,
 )
 
 __all__ = ['load', 'save', 'logits', 'generate', 'compress_image',
-           'keep_image', 'Vlm', 'CompressedImage', 'KeptImage', 'Logits',
+           'keep_image', 'compile_ahead', 'Vlm', 'CompressedImage', 'KeptImage', 'Logits',
            'Answer', 'Turn']
 
 
@@ -139,7 +142,7 @@ def logits(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any] = (),
   Raises:
     ConfigError, DataError: as `generate`.
   """
-  row = prepare(vlm, prompt, images, method, num_voco_tokens)
+  row = prepare(vlm, prompt, images, method, num_voco_tokens, answered=True)
   check(row.kept is None, 'a kept image has no logits of all tokens; give the '
         'picture itself')
   if row.compressed is None:
@@ -178,19 +181,12 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
       pictures, or a word that the tokenizer does not know.
     ConfigError: a setting, method or prompt that does not fit the model.
   """
-  for name, value, kinds in (('max_new_tokens', max_new_tokens, int),
-                             ('temperature', temperature, (int, float)),
-                             ('top_p', top_p, (int, float)), ('seed', seed, int)):
-    check(isinstance(value, kinds), f'{name}={value!r}: must be a number'
-          + ' without fraction' * (kinds is int))
-  check(isinstance(prompt, str) or isinstance(prompt, Sequence) and all(
-      isinstance(turn, Turn) for turn in prompt), f'prompt={prompt!r}: a '
-      'question, or a list of data.examples.Turn')
-  check(max_new_tokens >= 1, f'max_new_tokens={max_new_tokens}: at least 1')
+  for name, value in (('temperature', temperature), ('top_p', top_p)):
+    check(isinstance(value, (int, float)), f'{name}={value!r}: must be a number')
+  check_whole('max_new_tokens', max_new_tokens, 1)
+  check_whole('seed', seed)
   check(temperature >= 0, f'temperature={temperature}: not negative')
   check(0 < top_p <= 1, f'top_p={top_p}: above 0 and at most 1')
-  check(isinstance(prompt, str) or not prompt or not prompt[-1].answer,
-        'the last turn of the prompt has an answer; leave it out')
   row = prepare(vlm, prompt, images, method, num_voco_tokens)
   limit = vlm.config.text.max_position_embeddings
   room = limit - row.positions
@@ -212,6 +208,56 @@ def generate(vlm: Vlm, prompt: str | Sequence[Turn],
   if state.pruning is not None:
     kept = entering(vlm.config, state.pruning).sum((1, 2))
   return Answer(vlm.tokenizer.decode(ids), ids, ended, kept)
+
+
+def compile_ahead(vlm: Vlm, *, text_tokens: int, num_images: int = 1,
+                  batch_size: int = 1, max_new_tokens: int = 32,
+                  method: str = 'auto') -> int:
+  """Compiles what greedy answers need, so that no question waits for it.
+
+  `generate` asks one question at a time; `batches.answer_all` batch_size of
+  them, where batches that regroup need a few more programs, which move rows.
+  So do a kept image, sampling, and a context that ends before max_new_tokens.
+
+  Args:
+    vlm: the model.
+    text_tokens: of the longest prompt, with those of the template.
+    num_images: pictures per prompt.
+    batch_size: questions at a time.
+    max_new_tokens: as questions will have it.
+    method: 'full' or 'atp', as in `generate`.
+
+  Returns:
+    How many programs there are now.
+
+  Raises:
+    ConfigError: a number that cannot be, or a method that needs few programs.
+  """
+  for name, value, least in (
+      ('text_tokens', text_tokens, 1), ('num_images', num_images, 0),
+      ('batch_size', batch_size, 1), ('max_new_tokens', max_new_tokens, 1)):
+    check_whole(name, value, least)
+  method = vlm.method(method)
+  check(method != 'voco' or num_images == 0, 'method voco has one program '
+        'for 64 tokens of text, whatever is asked: ask one question instead')
+  visual = num_images * vlm.config.num_visual_tokens
+  limit = vlm.config.text.max_position_embeddings
+  check(visual + text_tokens < limit, f'text_tokens={text_tokens} and '
+        f'{num_images} image(s) take {visual + text_tokens} of {limit} positions '
+        '(text.max_position_embeddings), which leaves no room for an answer')
+  if num_images > 0:
+    size = vlm.config.vision.image_size
+    vlm.features(np.zeros((size, size, 3), np.uint8))
+  stream_lib.compile_ahead(vlm.segmented, batch_size)
+  shortest = 1
+  while shortest <= text_tokens:  # prompts are padded, each to its own length
+    length = padded(visual + shortest)
+    longest = min(text_tokens, length - visual)
+    vlm.segmented.compile_ahead(
+        batch_size, length, longest, padded(max_new_tokens - 1), num_images,
+        method == 'atp' and num_images > 0, shortest)
+    shortest = longest + 1
+  return len(vlm.segmented.programs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

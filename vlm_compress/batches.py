@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vlm_compress.api import Answer, Turn
-from vlm_compress.config import check
+from vlm_compress.config import check, check_whole
 from vlm_compress.decode import stream
 from vlm_compress.decode.identity import pixels_hash
 from vlm_compress.decode.prefilled import Prefilled, entering
@@ -63,8 +63,9 @@ def answer_all(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
   Raises:
     DataError, ConfigError: as `api.generate`, for the first that is wrong.
   """
-  check(batch_size >= 1, f'batch_size={batch_size}: at least 1')
-  check(max_new_tokens >= 1, f'max_new_tokens={max_new_tokens}: at least 1')
+  check_whole('batch_size', batch_size, 1)
+  check_whole('max_new_tokens', max_new_tokens, 1)
+  _check_requests(requests)
   limit = vlm.config.text.max_position_embeddings
   ready: dict[tuple, CompressedImage] = {}
   rows = [prepare(vlm, r.prompt, _compressed(vlm, r.images, method, ready),
@@ -86,6 +87,14 @@ def answer_all(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
             visual_tokens=kept.visual_tokens)
       bar.update(task, advance=len(ids))
   return answers
+
+
+def _check_requests(requests: Any) -> None:
+  check(isinstance(requests, Sequence), f'requests is a '
+        f'{type(requests).__name__}; give a list of batches.Request')
+  for i, request in enumerate(requests):
+    check(isinstance(request, Request), f'requests[{i}] is a '
+          f'{type(request).__name__}; give a batches.Request')
 
 
 def _compressed(vlm: Vlm, images: Sequence[Any], method: str,

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_compress.config import LlavaConfig, check
+from vlm_compress.config import LlavaConfig, check, check_whole
 from vlm_compress.convert.processor import PROCESSOR, Processor
 from vlm_compress.data import images as images_lib
 from vlm_compress.data.examples import Turn
-from vlm_compress.data.prompts import prompt_row
+from vlm_compress.data.prompts import check_prompt, prompt_row
 from vlm_compress.data.templates import TEMPLATES
 from vlm_compress.data.tokenizer import Tokenizer
 from vlm_compress.decode.prefilled import Prefilled, entering
@@ -267,8 +267,14 @@ class Row(NamedTuple):
 
 
 def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
-            method: str, num_voco_tokens: int | None) -> Row:
-  """Lays a prompt out; compresses pictures that are not yet (voco)."""
+            method: str, num_voco_tokens: int | None,
+            answered: bool = False) -> Row:
+  """Lays a prompt out; compresses pictures that are not yet (voco).
+
+  Every prompt of a user comes through here, so here it is checked; `answered`
+  allows that its last turn has an answer.
+  """
+  check_prompt(prompt, answered)
   check(isinstance(images, (list, tuple)),
         f'images is a {type(images).__name__}; give a list of pictures')
   method, template, config = vlm.method(method), vlm.template(), vlm.config
@@ -372,9 +378,12 @@ def voco_count(config: LlavaConfig, count: int | None) -> int:
     ConfigError: more than that, or none.
   """
   trained = config.voco.num_voco_tokens
-  check(count is None or 1 <= count <= trained, f'num_voco_tokens={count}: '
+  if count is None:
+    return trained
+  check_whole('num_voco_tokens', count)
+  check(1 <= count <= trained, f'num_voco_tokens={count}: '
         f'the model was made for 1 to {trained}')
-  return trained if count is None else count
+  return count
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,22 @@ from vlm_compress.data.tokenizer import Tokenizer
 
 _BYTE = re.compile('<0x[0-9A-F]{2}>')  # byte fallback's pieces
 _UNFINISHED = '\ufffd'  # what decoding makes of a part of a character
+
+
+def check_prompt(prompt: Any, answered: bool = False) -> None:
+  """Raises ConfigError unless it is a question, or turns that end in one.
+
+  Args:
+    prompt: whatever was given for one.
+    answered: the last turn may have its answer.
+  """
+  is_turn = lambda x: isinstance(x, Turn) and isinstance(
+      x.question, str) and isinstance(x.answer, str)
+  check(isinstance(prompt, str) or isinstance(prompt, Sequence) and all(
+      map(is_turn, prompt)), f'prompt={prompt!r}: give a question, or a list of '
+        'data.examples.Turn')
+  check(answered or isinstance(prompt, str) or not prompt or not prompt[-1].answer,
+        'the last turn of the prompt has an answer; leave it out')
 
 
 def prompt_row(prompt: str | Sequence[Turn], num_images: int,
