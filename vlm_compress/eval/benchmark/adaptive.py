@@ -35,7 +35,8 @@ def measure(subject: subjects.Subject, *, share: float, batch_size: int,
     tick: called with the name of what has been run.
 
   Returns:
-    Plain JSON types: kept [Q, L] tokens after each module; ladder; rung_waste
+    Plain JSON types: reached, whether the average is the share's within
+    TOLERANCE; kept [Q, L] tokens after each module; ladder; rung_waste
     [L], slots of the rungs / kept visual tokens of prompts alone; per mode
     (alone, batch, regrouped) slot waste, with text and over all layers, and
     milliseconds per prompt.
@@ -75,7 +76,8 @@ def measure(subject: subjects.Subject, *, share: float, batch_size: int,
                   'ms_per_prompt': median_ms(value) / num_prompts}
            for name, value in seconds.items()}
   return {'subject': subject.name, 'dtype': config.dtype, 'share': share,
-          'batch': batch_size, 'achieved': found.achieved, 'modes': modes,
+          'batch': batch_size, 'achieved': found.achieved,
+          'reached': found.reached, 'modes': modes,
           'programs': len(model.programs),
           **_rungs(config, count(found.shift))}
 

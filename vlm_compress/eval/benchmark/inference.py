@@ -48,6 +48,7 @@ class Case:
     cached: float[B, M], tokens in each layer's cache after prefill.
     encodes: the picture is encoded (it is not in a cache).
     selector_flops: what choosing tokens adds, part of `flops`.
+    reached: it keeps as many tokens as its name says, within TOLERANCE.
   """
   method: str
   model: SegmentedModel
@@ -58,6 +59,7 @@ class Case:
   cached: np.ndarray
   encodes: bool = True
   selector_flops: float = 0.0
+  reached: bool = True
 
 
 def cases(subject: Subject, num_rows: int, shares: tuple[float, ...],
@@ -140,7 +142,7 @@ def _atp(subject: Subject, num_rows: int, share: float) -> Case:
   return Case(f'ATP {100 * share:g} %', subject.model,
               lambda room: subject.model.prefill(batch, options, room),
               *_cost(config, tokens), tokens, tokens + subjects.NUM_TEXT,
-              selector_flops=float(selector))
+              selector_flops=float(selector), reached=found.reached)
 
 
 def _random(subject: Subject, num_rows: int, share: float, tokens: np.ndarray
@@ -289,7 +291,7 @@ def _runs(subject: Subject, case: Case, state: Prefilled, num_rows: int
 def _values(subject: Subject, case: Case, state: Prefilled) -> dict[str, Any]:
   """The columns of a row that are not times."""
   return {
-      'visual_tokens': float(case.entering.mean()),
+      'visual_tokens': float(case.entering.mean()), 'reached': case.reached,
       'prefill_flops': case.flops, 'prefill_flops_dense': case.dense_flops,
       'selector_flops': case.selector_flops,
       'kv_bytes': float(np.mean(efficiency.kv_bytes(
