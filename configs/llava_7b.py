@@ -41,7 +41,8 @@ LLaVA-1.5's recipe: a projector that learns alone from captions, then projector
 and decoder from conversations, the tower always frozen; cosine with 3 % warm-up,
 no weight decay, bfloat16 with float32 masters.  VoCo leaves out the 40,688 rows
 without a picture: its two epochs are of the other 624,610.  atp_frozen is atp in
-all but what learns; its rate is atp's, too.
+all but what learns; its rate is atp's, too.  A loss of five times the last ones'
+mean stops a run (ours).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def _recipe(stage: str, rows: int, batch_size: int, epochs: int, rate: float,
   return dataclasses.asdict(Recipe(
       stage=stage, steps=steps, batch_size=batch_size, learning_rate=rate,
       warmup_steps=int(WARMUP * steps), final_learning_rate=0.0, b2=0.999,
-      weight_decay=0.0, trainable=trainable, checkpoint_steps=500))
+      weight_decay=0.0, trainable=trainable, checkpoint_steps=500,
+      spike_factor=5.0))
 
 
 def _stage(name: str, num_layers: int) -> tuple[dict, dict, dict]:
