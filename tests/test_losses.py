@@ -89,6 +89,25 @@ def test_budget_by_hand(target):
                              0.3 * abs(average - target) / 4, rtol=1e-6)
 
 
+def test_rows_without_pictures_have_no_budget():
+  entering, image_valid = _entering()
+  config = AtpConfig(prune_after=(2,), target_tokens=2.0)
+
+  def budget(entering, image_valid):
+    state = PruneState(keep=entering[2], module_keep=entering[2:],
+                       thresholds=jnp.zeros((1, 2, 2, 2)),
+                       redundancy=jnp.zeros((1, 2, 2, 4)))
+    return losses.budget_loss(state, entering, image_valid, config)
+  want, more = budget(entering, image_valid), budget(
+      np.pad(entering, ((0, 0), (0, 2), (0, 0), (0, 0))),
+      np.pad(image_valid, ((0, 2), (0, 0))))
+  for name, value in want.items():
+    assert value > 0
+    np.testing.assert_allclose(more[name], value, rtol=1e-6)
+  none = budget(np.zeros_like(entering), np.zeros_like(image_valid))
+  assert none['budget_depth'] == none['budget_target'] == 0.0
+
+
 def test_target_is_of_the_batch_and_not_of_the_instance():
   """One image keeps 4 and one 2: the mean is on target, nothing to pay."""
   entering = np.ones((1, 2, 1, 4), np.float32)

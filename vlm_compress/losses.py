@@ -53,7 +53,8 @@ def budget_loss(state: PruneState, entering: jax.Array, image_valid: jax.Array,
   lambda_atp sum_l (N_l / P) (l / M) + lambda_target |N - N_target| / P, with
   N_l the tokens kept after the module of depth l and N the layer average.
   Both are batch means: a target per instance would punish adaptivity.
-  Normalisation by P and M is ours.
+  Normalisation by P and M is ours.  Rows without pictures count nowhere, and a
+  batch of nothing else costs nothing.
 
   Args:
     state: final state of the modules.
@@ -66,6 +67,7 @@ def budget_loss(state: PruneState, entering: jax.Array, image_valid: jax.Array,
     float32[].
   """
   num_layers, P = entering.shape[0], entering.shape[-1]
+  seen = jnp.any(image_valid)
   images = jnp.maximum(jnp.sum(image_valid), 1)
   kept = jnp.sum(state.module_keep, axis=(1, 2, 3)) / images
   depth = jnp.asarray(config.prune_after, jnp.float32) / num_layers
@@ -73,6 +75,6 @@ def budget_loss(state: PruneState, entering: jax.Array, image_valid: jax.Array,
   average = total / images
   return {
       'budget_depth': config.lambda_atp * jnp.sum(kept / P * depth),
-      'budget_target': config.lambda_target * jnp.abs(
+      'budget_target': config.lambda_target * seen * jnp.abs(
           average - config.target_tokens) / P,
       'layer_average': average}

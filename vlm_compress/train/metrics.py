@@ -6,6 +6,7 @@ Only the first process writes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -101,7 +102,8 @@ class MetricLog:
     rates = self._throughput.rates()
     if not self._writes:
       return
-    values = {name: float(value) for name, value in sorted(scalars.items())}
+    values = {name: float(value) for name, value in sorted(scalars.items())
+              if not math.isnan(value)}  # of pictures, in a batch without any
     for path, line in ((self._path, values), (self._rates, rates)):
       with path.open('a') as file:
         file.write(json.dumps({'step': step, **line}) + '\n')

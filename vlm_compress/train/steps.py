@@ -33,12 +33,13 @@ class At(NamedTuple):
   Attributes:
     step: int32[], steps so far.
     draw: int32[], a number for each part of each step: what is drawn differs.
-    count: float32[], targets that a sum is divided by; None takes those that
-      are there.
+    count, images: float32[], targets and pictures that sums are divided by;
+      None takes those that are there.
   """
   step: jax.Array
   draw: jax.Array
   count: jax.Array | None = None
+  images: jax.Array | None = None
 
 
 def mean_loss(sum_and_count: tuple[jax.Array, jax.Array],
@@ -118,7 +119,8 @@ def atp_loss(model: Llava, params: Any, batch: Batch, at: At,
 
   Selectors that keep a fixed number have hard masks and no budget terms; the
   random one draws anew at every step.  The target term is of the layer average
-  over the examples that are here: with accumulated gradients, over a part.
+  over the examples that are here: with accumulated gradients, over a part, which
+  weighs by its pictures.  Metrics of pictures are NaN where the batch has none.
   """
   config = model.config.atp
   adaptive = config.selector == 'adaptive'
@@ -132,15 +134,19 @@ def atp_loss(model: Llava, params: Any, batch: Batch, at: At,
       logits, batch.input_ids, batch.loss_mask), at.count)
   parts = losses.budget_loss(out.prune, out.entering, batch.image_valid,
                              config)
-  metrics = {'loss_text': loss, 'layer_average_tokens': parts['layer_average']}
-  images = jnp.maximum(jnp.sum(batch.image_valid), 1)
+  here = jnp.sum(batch.image_valid)
+  images = here if at.images is None else at.images
+  share = here / images  # NaN where there are none at all
+  metrics = {'loss_text': loss,
+             'layer_average_tokens': share * parts['layer_average']}
   for module in range(len(config.prune_after)):
     kept = jnp.sum(out.prune.module_keep[module]) / images
     metrics[f'kept_tokens/module_{module}'] = kept
   if adaptive:
-    loss = loss + parts['budget_depth'] + parts['budget_target']
-    metrics.update(loss_budget_depth=parts['budget_depth'],
-                   loss_budget_target=parts['budget_target'], temperature=tau)
+    depth, target = parts['budget_depth'], parts['budget_target']
+    loss = loss + jnp.where(images > 0, share, 0.0) * (depth + target)
+    metrics.update(loss_budget_depth=share * depth,
+                   loss_budget_target=share * target, temperature=tau)
     weight = batch.image_valid[..., None]
     theta = jnp.sum(out.prune.thresholds * weight, axis=(1, 2)) / images
     for module in range(len(config.prune_after)):
@@ -178,10 +184,11 @@ def _encoded(model: Llava, params: Any, batch: Any) -> Any:
   return compressed.replace(text=text), uncompressed
 
 
-def _num_targets(batch: Any) -> jax.Array:
-  """Tokens that a loss is taken of."""
+def _counts(batch: Any) -> tuple[jax.Array, jax.Array]:
+  """Tokens that a loss is taken of, and pictures."""
   text = batch if isinstance(batch, Batch) else batch[0].text
-  return jnp.sum(text.loss_mask[:, 1:].astype(jnp.float32))
+  return (jnp.sum(text.loss_mask[:, 1:].astype(jnp.float32)),
+          jnp.sum(text.image_valid.astype(jnp.float32)))
 
 
 def _parts(batch: Any, num_parts: int) -> Any:
@@ -199,8 +206,8 @@ def accumulate(gradients: Callable, trainable: Any, batch: Any, step: jax.Array,
                num_parts: int) -> tuple[tuple[jax.Array, Metrics], Any]:
   """Loss, metrics and gradients of a batch, part by part.
 
-  Every part is divided by the targets of the whole batch, so that the result
-  is that of the batch at once, whatever their number in each part.
+  Every part is divided by the targets (and pictures) of the whole batch, so
+  that the result is that of the batch at once, whatever their number in each.
 
   Args:
     gradients: (trainable, batch, At) -> ((loss, metrics), gradients).
@@ -209,16 +216,16 @@ def accumulate(gradients: Callable, trainable: Any, batch: Any, step: jax.Array,
   """
   if num_parts == 1:
     return gradients(trainable, batch, At(step, step))
-  count = _num_targets(batch) / num_parts
+  counts = [count / num_parts for count in _counts(batch)]
   mean = lambda x, y: jax.tree.map(lambda a, b: a + b / num_parts, x, y)
 
   def add(total, part):
     index, rows = part
     return mean(total, gradients(trainable, rows, At(
-        step, step * num_parts + index, count))), None
+        step, step * num_parts + index, *counts))), None
   parts = _parts(batch, num_parts)
   shapes = jax.eval_shape(gradients, trainable, jax.tree.map(
-      lambda x: x[0], parts), At(step, step, count))
+      lambda x: x[0], parts), At(step, step, *counts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   return jax.lax.scan(add, zeros, (jnp.arange(num_parts), parts))[0]
 
