@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlm_compress.config import check
+from vlm_compress.config import LlavaConfig, check
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
@@ -136,11 +136,33 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
+def check_sizes(config: LlavaConfig, mesh: Mesh, with_vision: bool) -> None:
+  """Whether a mesh splits the kernels of a model; see `tree_shardings`.
+
+  Args:
+    config: of the model.
+    mesh: devices.
+    with_vision: the CLIP tower is among the parameters.
+
+  Raises:
+    ConfigError: fsdp or tensor does not divide what it should split.
+  """
+  text, vision = config.text, config.vision
+  for axis, name, size in (
+      ('tensor', 'text.num_attention_heads', text.num_attention_heads),
+      ('tensor', 'text.intermediate_size', text.intermediate_size),
+      ('fsdp', 'text.hidden_size', text.hidden_size),
+      *[('fsdp', 'vision.hidden_size', vision.hidden_size)] * with_vision):
+    check(size % mesh.shape[axis] == 0, f'mesh.{axis}={mesh.shape[axis]} does '
+          f'not divide {name}={size}, so every device would hold kernels whole; '
+          'use a divisor of it')
+
+
 def tree_shardings(abstract_params: Any, mesh: Mesh) -> Any:
   """NamedShardings of a parameter tree with Linen's partitioning metadata.
 
-  Axes that a dimension's size does not divide are replicated: tiny models run
-  on any mesh.
+  Axes that a dimension's size does not divide are replicated: see `check_sizes`
+  for those that must not be.
 
   Args:
     abstract_params: tree of (boxed) arrays or ShapeDtypeStructs.

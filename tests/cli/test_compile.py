@@ -33,6 +33,8 @@ from vlm_compress.train import shapes
 PAGE = 'configs/llava_7b.py'
 V5E = chip_of('TPU v5 lite')
 STAGES = ('align', 'instruct', 'voco', 'atp', 'atp88', 'atp_frozen')
+NARROW = ['--config.model.text.hidden_size=12',
+          '--config.model.text.num_attention_heads=2']
 SHORT = ['--config.rows.length=64', '--config.rows.text_length=40']
 
 
@@ -199,6 +201,10 @@ def test_report_is_printed_and_written(slice_of_cpus, tmp_path, capsys):
 @pytest.mark.parametrize('argv, words', [
     (['--mesh=fsdp=3'], ['fsdp=3', 'does not divide', '8 devices']),
     (['--mesh=tensor=8'], ['mesh.tensor=8', 'num_attention_heads=4']),
+    (['--mesh=fsdp=8', '--config.model.vision.hidden_size=36'],
+     ['mesh.fsdp=8', 'vision.hidden_size=36', 'use a divisor']),
+    (['--mesh=fsdp=8', *NARROW], ['mesh.fsdp=8', 'text.hidden_size=12']),
+    (['--mesh=fsdp=8', '--programs=decode', *NARROW], ['mesh.fsdp=8', '=12']),
     (['--mesh=pipe=2'], ['pipe=2', 'data, fsdp, tensor']),
     (['--batch-sizes=12'], ['train.batch_size=12', '8 devices']),
     (['--batch-sizes=0'], ["'0' is not a whole number >= 1"]),

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from core_helpers import BOS, IMAGE, Sample, segment
+from jax.sharding import AbstractMesh
 
 from vlm_compress import presets, sharding
 from vlm_compress.config import AtpConfig, ConfigError, VocoConfig
@@ -174,3 +175,23 @@ def test_meshes_that_do_not_divide():
       (sharding.make_mesh(1, 1, 8), RECIPE, 'mesh.tensor=8.*num_attention_heads=4')):
     with pytest.raises(ConfigError, match=words):
       check_mesh(config, recipe, mesh)
+
+
+def test_fsdp_must_split_the_hidden_sizes():
+  """One that does not would leave every kernel whole on every device."""
+  recipe = dataclasses.replace(RECIPE, batch_size=9)
+  three = sharding.make_mesh(fsdp=3, devices=jax.devices()[:3])
+  config = helpers.tiny()  # 32 in both
+  wide = dataclasses.replace(config, text=dataclasses.replace(
+      config.text, hidden_size=96))
+  for model, words in ((config, 'mesh.fsdp=3 does not divide text.hidden_size=32'),
+                       (wide, 'mesh.fsdp=3 does not divide vision.hidden_size=32')):
+    with pytest.raises(ConfigError, match=words):
+      check_mesh(model, recipe, three)
+  # whose features are made before is not on the mesh
+  check_mesh(dataclasses.replace(wide, vision=presets.efficientnet_lite0()), recipe,
+             three)
+  for name in ('llava_1_5_7b', 'llava_1_5_13b'):
+    for fsdp in (32, 64, 256):
+      mesh = AbstractMesh((1, fsdp, 1), sharding.MESH_AXES)
+      sharding.check_sizes(presets.preset(name), mesh, with_vision=True)

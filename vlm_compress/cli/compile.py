@@ -202,7 +202,7 @@ def programs_of(stage: Stage, config: LlavaConfig, mesh: Any,
   """What the command line asks for.
 
   Raises:
-    ConfigError: mesh, heads and rows do not fit.
+    ConfigError: mesh, sizes of the model and rows do not fit.
   """
   out = []
   if 'train' in args.programs:

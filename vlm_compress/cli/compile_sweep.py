@@ -67,7 +67,8 @@ def candidates(stage: Stage, config: LlavaConfig, devices: list[Any],
         if _divides(stage, config, mesh, size, devices):
           out += [Candidate(mesh, size, policy) for policy in policies]
   check(len(out) > 0, f'--sweep: no mesh of {num_chips} chips divides '
-        f'{batch_sizes or (stage.recipe.batch_size,)} rows and the heads')
+        f'{batch_sizes or (stage.recipe.batch_size,)} rows and the '
+        'sizes of the model')
   return sorted(out, key=lambda c: _estimate(stage, config, c))
 
 

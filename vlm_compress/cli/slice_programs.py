@@ -76,7 +76,7 @@ def train_program(config: LlavaConfig, stage: Stage, mesh: Mesh) -> Program:
   """The training step of a stage.
 
   Raises:
-    ConfigError: mesh and batch or heads do not fit.
+    ConfigError: mesh and batch, heads or hidden sizes do not fit.
   """
   recipe, with_vision = stage.recipe, shapes.reads_pixels(config.vision)
   check_mesh(config, recipe, mesh)
@@ -144,8 +144,9 @@ def serving_programs(config: LlavaConfig, mesh: Mesh, which: str, num_rows: int,
     prompt: slots.
 
   Raises:
-    ConfigError: the rows do not divide over the mesh.
+    ConfigError: rows, heads or the hidden size do not divide over the mesh.
   """
+  sharding.check_sizes(config, mesh, with_vision=False)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   check(num_rows % shards == 0, f'--batch-sizes: {num_rows} prompts do not divide '
         f'over {shards} devices (mesh data x fsdp)')

@@ -21,6 +21,7 @@ from vlm_compress.train.checkpoint import CheckpointStore
 from vlm_compress.train.metrics import MetricLog, Profile
 from vlm_compress.train.preemption import Notice, Preempted
 from vlm_compress.train.recipe import Recipe
+from vlm_compress.train.shapes import reads_pixels
 from vlm_compress.train.state import (
   Given,
   TrainState,
@@ -39,7 +40,7 @@ def check_mesh(config: LlavaConfig, recipe: Recipe, mesh: Mesh) -> None:
   """Whether a model and its batches can be spread over a mesh.
 
   Raises:
-    ConfigError: rows or heads do not divide.
+    ConfigError: rows, heads or hidden sizes do not divide.
   """
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   parts = recipe.accumulate_steps
@@ -47,10 +48,7 @@ def check_mesh(config: LlavaConfig, recipe: Recipe, mesh: Mesh) -> None:
         f'train.batch_size={recipe.batch_size} does not divide over '
         f'{shards} devices (mesh.data x mesh.fsdp)' + (
             f' x train.accumulate_steps={parts}' if parts > 1 else ''))
-  for name in ('num_attention_heads', 'intermediate_size'):
-    value, tensor = getattr(config.text, name), mesh.shape['tensor']
-    check(value % tensor == 0, f'mesh.tensor={tensor} does not divide '
-          f'text.{name}={value}; use a divisor of it')
+  sharding.check_sizes(config, mesh, with_vision=reads_pixels(config.vision))
 
 
 def data_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
