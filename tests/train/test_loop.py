@@ -18,8 +18,9 @@ from vlm_compress import sharding
 from vlm_compress.config import ConfigError
 from vlm_compress.models.llava import Llava
 from vlm_compress.train import checkpoint
+from vlm_compress.train.metrics import MetricLog
 from vlm_compress.train.preemption import Preempted
-from vlm_compress.train.state import start_params
+from vlm_compress.train.state import make_state, start_params
 
 
 class _Killed(Exception):
@@ -241,6 +242,31 @@ def test_given_params_start_and_missing_ones_are_fresh():
     start_params(model, 5, wrong)
 
 
+def test_what_is_given_and_not_used_is_said():
+  lines = []
+  start_params(Llava(CONFIG), 5, start_params(Llava(ATP), 11, None), lines.append)
+  assert len(lines) == 1 and 'does not use: atp/' in lines[0]
+  assert 'atp/linear/kernel' in lines[0] and 'language_model' not in lines[0]
+
+
+def test_fresh_parameters_must_learn():
+  """A projector between random frozen parts learns nothing of use."""
+  whole = start_params(Llava(CONFIG), 11, None)
+  given = {'language_model': whole['language_model']}
+  state = lambda given, *trainable, **kwargs: make_state(
+      Llava(CONFIG), dataclasses.replace(RECIPE, trainable=trainable),
+      _one_device(), given, **kwargs)
+  with pytest.raises(ConfigError, match='lacks parameters that do not learn: '
+                     'multi_modal_projector/.*train.trainable') as caught:
+    state(given, 'language_model/')
+  assert 'linear_2/kernel' in str(caught.value)
+  assert 'language_model' not in str(caught.value)
+  with pytest.raises(ConfigError, match='vision_tower/'):
+    state(lambda mesh: whole, 'multi_modal_projector/', with_vision=True)
+  assert state(given, 'multi_modal_projector/').trainable
+  assert state(None, 'multi_modal_projector/').frozen  # all from scratch
+
+
 def test_the_callers_params_survive():
   """Steps donate their state; a teacher or a second stage needs the old."""
   import pathlib
@@ -290,6 +316,15 @@ def test_parameters_are_listed(tmp_path):
   assert "(None, 'tensor')" in row
   assert learn.count('kernel') < frozen.count('kernel') == sum(
       'kernel' in p and not p.startswith('multi_modal') for p in params)
+
+
+def test_metrics_of_what_was_not_there_are_left_out(tmp_path):
+  """A batch without pictures keeps no tokens; JSON has no NaN either."""
+  state = make_state(Llava(CONFIG), RECIPE, _one_device())
+  log = MetricLog(tmp_path, 0, RECIPE, CONFIG, state, _one_device(), False)
+  log.write(1, {'loss': 2.0, 'layer_average_tokens': float('nan')})
+  log.close()
+  assert _metrics(tmp_path) == [{'step': 1, 'loss': 2.0}]
 
 
 def test_intervals_and_event_files(tmp_path):

@@ -91,7 +91,8 @@ def abstract_state(model: Llava, recipe: Recipe, mesh: Mesh,
 
 def start_params(model: Llava, seed: int, given: Tree | None,
                  message: Callable[[str], Any] | None = None, *,
-                 mesh: Mesh | None = None, with_vision: bool = False) -> Tree:
+                 mesh: Mesh | None = None, with_vision: bool = False,
+                 learns: tuple[str, ...] = ()) -> Tree:
   """Parameters to begin with: given ones, fresh ones for what is missing.
 
   Args:
@@ -99,16 +100,19 @@ def start_params(model: Llava, seed: int, given: Tree | None,
     seed: of the fresh ones.
     given: a parameter tree that may lack a method's own parameters, or have
       more than the model uses.
-    message: called with a line that names what is fresh.
+    message: called with lines that name what is fresh, and what of the given
+      ones the model does not use.
     mesh: devices; by default the first one.
     with_vision: the CLIP tower is part of it.
+    learns: names of the parameters that will be trained, see Recipe.trainable.
 
   Returns:
     Unboxed parameters of the model's param_dtype.
 
   Raises:
     ConfigError: a given parameter has the wrong shape, or is of an adapter
-      that the model does not have: without it the kernel means another model.
+      that the model does not have: without it the kernel means another model;
+      or one is missing that nothing would train.
   """
   mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
   init = lambda key: init_params(model, key, with_vision)
@@ -125,8 +129,13 @@ def start_params(model: Llava, seed: int, given: Tree | None,
         'that the model in the config has not; merge them first, see '
         'convert/lora.py')
   missing = sorted(shapes.keys() - old.keys())
-  if missing and given is not None and message is not None:
-    message(f'fresh parameters: {", ".join(missing)}')
+  if given is not None:
+    _check_fresh(missing, split(sharding.unbox(boxed), learns)[1])
+    for what, paths in (('fresh parameters', missing), (
+        'given parameters that the model does not use', sorted(
+            old.keys() - shapes.keys()))):
+      if paths and message is not None:
+        message(f'{what}: {", ".join(paths)}')
   # jitted: eager initialisation would compile every operation by itself, and
   # what is not asked for would be drawn.
   fresh = jax.jit(
@@ -136,6 +145,17 @@ def start_params(model: Llava, seed: int, given: Tree | None,
           jax.random.key(seed)) if missing else {}
   return merge({path: fresh[path] if path in fresh else jax.device_put(
       old[path], placed[path]).astype(x.dtype) for path, x in shapes.items()}, {})
+
+
+def _check_fresh(missing: list[str], frozen: Tree) -> None:
+  """What a start from given parameters lacks must learn: drawn at random and
+  frozen, it would spoil all that learns around it.
+  """
+  lost = [path for path in missing if path in frozen]
+  check(not lost, f'init_from lacks parameters that do not learn: '
+        f'{", ".join(lost)}; they would stay random: start from a model that has '
+        'them (vlm-compress convert joins --vision with --llm), or add them to '
+        'train.trainable')
 
 
 def make_state(model: Llava, recipe: Recipe, mesh: Mesh, given: Given = None,
@@ -151,7 +171,8 @@ def make_state(model: Llava, recipe: Recipe, mesh: Mesh, given: Given = None,
   """
   owned = callable(given)
   params = start_params(model, recipe.seed, given(mesh) if owned else given,
-                        message, mesh=mesh, with_vision=with_vision)
+                        message, mesh=mesh, with_vision=with_vision,
+                        learns=recipe.trainable)
   if not owned and given is not None:
     # Steps donate their state: never the caller's arrays.
     params = jax.tree.map(jnp.copy, params)
