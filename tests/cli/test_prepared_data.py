@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 pytest.importorskip('PIL', reason='needs the extra [demo]')
 
@@ -15,6 +18,7 @@ from vlm_compress.cli import stage as stage_lib  # noqa: E402
 from vlm_compress.cli import workspace  # noqa: E402
 from vlm_compress.cli.quickstart_config import get_config  # noqa: E402
 from vlm_compress.config import ConfigError  # noqa: E402
+from vlm_compress.data import lengths  # noqa: E402
 from vlm_compress.data import tokenizer as tokenizer_lib  # noqa: E402
 from vlm_compress.data.errors import DataError  # noqa: E402
 from vlm_compress.data.prepare import Preparation, prepare  # noqa: E402
@@ -102,6 +106,39 @@ def test_processes_share_the_batches(root, tmp_path, buckets):
     one, two = (next(part) for part in parts)
     assert one.input_ids.shape[0] == 2
     assert sorted(rows(one) + rows(two)) == sorted(rows(next(whole)))
+
+
+def test_one_process_measures_for_all(root, tmp_path, monkeypatch):
+  """Another one meets the first, which has measured by then, and reads."""
+  stage = stage_of(root, rows={'bucket_lengths': BUCKETS})
+  measured, real = [], lengths._measure
+  monkeypatch.setattr(lengths, '_measure', lambda job: (
+      measured.append(jax.process_index()), real(job))[1])
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+
+  def meet(name):
+    with monkeypatch.context() as first:
+      first.setattr(jax, 'process_index', lambda: 0)
+      first.setattr(multihost_utils, 'sync_global_devices', lambda name: None)
+      batches_of(stage, tmp_path)
+  monkeypatch.setattr(multihost_utils, 'sync_global_devices', meet)
+  assert next(batches_of(stage, tmp_path)).input_ids.shape[1] in BUCKETS
+  assert measured == [0]
+
+
+def test_other_data_are_no_way_to_go_on(root, tmp_path):
+  """Without buckets nothing else in a checkpoint tells them apart."""
+  stage = stage_of(root, rows={'length': 150})
+  stage = dataclasses.replace(stage, recipe=dataclasses.replace(
+      stage.recipe, batch_size=8))
+  split = workspace.open_split(stage.data, 'train', tmp_path, print,
+                               stage_lib.vision_of(stage))
+  work = tmp_path / 'run'
+  stage_lib.claim(work, stage_lib.describe(stage), split.fingerprint)
+  (work / 'checkpoints' / '2').mkdir(parents=True)
+  other = dataclasses.replace(split, fingerprint='0123')
+  with pytest.raises(ConfigError, match=f'{split.fingerprint} -> 0123.*pictures'):
+    stage_lib.run_stage(stage, work, other, message=print, tensorboard=False)
 
 
 def test_voco_stage_leaves_text_out(root, tmp_path):

@@ -247,6 +247,31 @@ def test_lengths_are_measured_once_per_setting(source, tmp_path, monkeypatch):
   assert len(list(tmp_path.glob('*.npy'))) == 1 + len(others)
 
 
+def test_pictures_are_not_read_for_lengths(source, tmp_path, monkeypatch):
+  want, spec = measured(source, CHAT, tmp_path / 'a'), SPECS['cut']
+  bare = source.conversation(3)
+  assert bare.images == (b'', b'')
+  assert dataclasses.replace(bare, images=source[3].images) == source[3]
+
+  def read(folder, name):
+    raise AssertionError(f'{name} is read')
+  monkeypatch.setattr(images, 'read_bytes', read)
+  again = measured(source, CHAT, tmp_path / 'b')
+  assert (again.tokens == want.tokens).all() and (again.images == want.images).all()
+  assert measured(source, spec, tmp_path / 'b').images.max() == 2
+
+
+def test_another_process_may_have_written_lengths(source, tmp_path, monkeypatch):
+  first = measured(source, CHAT, tmp_path / 'a')
+  monkeypatch.setattr(lengths, '_measure', None)  # nothing is measured here
+
+  def arrive(path):
+    path.parent.mkdir()
+    path.write_bytes((tmp_path / 'a' / path.name).read_bytes())
+  again = measured(source, CHAT, tmp_path / 'b', wait_for=arrive)
+  assert (again.tokens == first.tokens).all()
+
+
 def test_a_damaged_file_of_lengths_is_made_again(source, tmp_path):
   first, said = measured(source, CHAT, tmp_path), []
   path = next(tmp_path.glob('*.npy'))

@@ -91,11 +91,12 @@ def main(argv: list[str]) -> int:
   def run(name: str, init_from: pathlib.Path | str) -> pathlib.Path:
     say(f'[{name}]')
     stage = stage_of(name, args.seed, init_from)
-    config, params, seconds[name] = run_stage(
+    config, seconds[name] = run_stage(
         stage, work / name, train, message=say,
         tensorboard=not args.no_tensorboard)
-    models[name] = (config, params)
-    return work / name / 'model'
+    model = work / name / 'model'
+    models[name] = (config, load_params(model))
+    return model
 
   base = SHIPPED
   if args.from_scratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import time
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlm_compress.atomic import write_text
+from vlm_compress.cli.together import agreed, appears, first_alone
 from vlm_compress.cli.workspace import (
   DataSpec,
   Message,
@@ -27,7 +29,7 @@ from vlm_compress.cli.workspace import (
 )
 from vlm_compress.config import ConfigError, LlavaConfig, VisionConfig, check
 from vlm_compress.config_values import from_dict
-from vlm_compress.convert.files import WEIGHTS, load_config, load_params, save_model
+from vlm_compress.convert.files import CONFIG, WEIGHTS, load_config, load_params, save_model
 from vlm_compress.convert.lora import merge
 from vlm_compress.convert.processor import Processor
 from vlm_compress.data.buckets import Schedule, padding, plain_padding
@@ -47,7 +49,7 @@ from vlm_compress.train.state import Given
 _MEASURED_HERE = 5000  # rows; for fewer of them no processes are started
 SECTIONS = ('model', 'data', 'rows', 'train', 'eval', 'init_from')
 OPTIONAL = ('mesh',)
-_NETWORK_DISK_SECONDS = 30  # until a file of another host is seen, at most
+CONTENT = 'data_fingerprint'  # in config.json: what the data hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,10 +216,11 @@ def _schedule(stage: Stage, config: LlavaConfig, split: Split,
   say = message or (lambda line: None)
   recipe, source = stage.recipe, split.examples
   many = isinstance(source, PreparedSource) and len(source) > _MEASURED_HERE
-  measured = row_lengths(
+  waits = {} if jax.process_index() == 0 else {'wait_for': appears}
+  measured = first_alone('the rows are measured', lambda: row_lengths(
       source, stage.rows, tokenizer, config, cache_dir=split.lengths,
       frozen=split.features is not None, fingerprint=split.fingerprint,
-      workers=min(16, os.cpu_count() or 1) if many else 1, message=say)
+      workers=min(16, os.cpu_count() or 1) if many else 1, message=say, **waits))
   has_image, records = measured.images > 0, np.arange(len(measured))
   if recipe.stage == 'voco' and not has_image.all():
     say(f'{int((~has_image).sum())} rows without a picture are left out: they '
@@ -242,8 +245,10 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
               settings: dict[str, Any] | None = None,
               allow_change: bool = False,
               profile_steps: tuple[int, int] | None = None
-              ) -> tuple[LlavaConfig, dict[str, Any], float]:
+              ) -> tuple[LlavaConfig, float]:
   """Trains a stage, or goes on with it, or finds it done.
+
+  The model is left on the disk: no host needs to have it whole.
 
   Args:
     stage: what to do.
@@ -256,8 +261,7 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
     profile_steps: see `fit`.
 
   Returns:
-    The model's config, its parameters, and seconds of all sittings but killed
-    ones.
+    The model's config, and seconds of all sittings but killed ones.
   """
   tokenizer = tokenizer_for(stage.data, split.examples)
   config = model_config(stage.model, tokenizer)
@@ -273,12 +277,12 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
   mesh = make_mesh(**dataclasses.asdict(stage.mesh))
   check_mesh(config, stage.recipe, mesh)
   _claim(workdir, lambda: describe(stage) if settings is None else settings,
-         allow_change, message)
+         split.fingerprint, allow_change, message)
   result, clock = workdir / 'model', workdir / 'seconds.txt'
-  if (result / 'config.json').exists():  # written last
-    return config, load_params(result), float(clock.read_text())
-  given = _given(stage.init_from, config, message)
   before = float(clock.read_text()) if clock.exists() else 0.0
+  if agreed((result / CONFIG).exists()):  # written last
+    return config, before
+  given = _given(stage.init_from, config, message)
   started = time.perf_counter()
   try:
     params = fit(Llava(config, unroll=_unroll(config, stage.recipe.steps)),
@@ -292,11 +296,20 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
     seconds = before + time.perf_counter() - started
     if jax.process_index() == 0:
       write_text(clock, f'{seconds:.1f}')
+  _save(result, params, config, tokenizer, stage.rows)
+  return config, seconds
+
+
+def _save(result: pathlib.Path, params: dict[str, Any], config: LlavaConfig,
+          tokenizer: Tokenizer, rows: RowSpec) -> None:
+  """Writes the model; every host sees it then, as far as the disk allows.
+
+  The scripts of launch/ ask on every host whether it is there.
+  """
   save_model(result, params, config, tokenizer,
-             processor=Processor(stage.rows.template,
-                                 stage.rows.image_aspect_ratio))
+             processor=Processor(rows.template, rows.image_aspect_ratio))
   multihost_utils.sync_global_devices('the model is saved')
-  return config, load_params(result), seconds
+  appears(result / CONFIG)
 
 
 def _given(init_from: str, config: LlavaConfig, message: Message) -> Given:
@@ -317,22 +330,50 @@ def _given(init_from: str, config: LlavaConfig, message: Message) -> Given:
   return read
 
 
+def claim(workdir: pathlib.Path, settings: dict[str, Any], content: str,
+          allow_change: bool = False) -> list[str]:
+  """Marks a directory as a run's, by its settings and what its data hold.
+
+  One that was marked before data were part of it is taken to have had these.
+
+  Args:
+    workdir, settings, allow_change: see `claim_workdir`.
+    content: fingerprint of the data.
+
+  Returns:
+    Lines for the user.
+
+  Raises:
+    ConfigError: it is another run's, or this one's on other data.
+  """
+  mark, known = workdir / 'config.json', {**settings, CONTENT: content}
+  older = mark.exists() and f'"{CONTENT}"' not in mark.read_text()
+  try:
+    changes = claim_workdir(workdir, settings if older else known, allow_change)
+  except ConfigError as error:
+    raise ConfigError(str(error) + (
+        f'. {CONTENT} says that rows or pictures of the data are others than '
+        'when it began' if CONTENT in str(error) else '')) from error
+  lines = [f'config changed: {change}' for change in changes]
+  if older:
+    write_text(mark, json.dumps(known, indent=1, sort_keys=True))
+    lines.append(f'{mark} did not say which data the run began with; it goes on '
+                 'with these, and from now on they must stay the same')
+  return lines
+
+
 def _claim(workdir: pathlib.Path, settings: Callable[[], dict[str, Any]],
-           allow_change: bool, message: Message) -> None:
+           content: str, allow_change: bool, message: Message) -> None:
   """Marks a directory as this run's; every process must see the mark.
 
   Raises:
     ConfigError: it is another run's, or on a disk of one host of several.
   """
   if jax.process_index() == 0:
-    for change in claim_workdir(workdir, settings(), allow_change):
-      message(f'config changed: {change}')
+    for line in claim(workdir, settings(), content, allow_change):
+      message(line)
   multihost_utils.sync_global_devices('the workdir is claimed')
-  mark = workdir / 'config.json'
-  latest = time.monotonic() + _NETWORK_DISK_SECONDS
-  while not mark.exists() and time.monotonic() < latest:
-    time.sleep(0.5)
-  check(mark.exists(), f'--workdir={workdir}: process {jax.process_index()} '
+  check(appears(workdir / 'config.json'), f'--workdir={workdir}: process {jax.process_index()} '
         'does not see what process 0 wrote there; name a folder on a disk that '
         'all hosts share')
 

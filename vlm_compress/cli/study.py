@@ -22,7 +22,7 @@ from vlm_compress.atomic import write_text
 from vlm_compress.cli import results
 from vlm_compress.cli.arguments import MAX_SEED, Parser, number
 from vlm_compress.cli.quickstart import SHIPPED, versions
-from vlm_compress.cli.stage import Stage, bridge, describe, run_stage
+from vlm_compress.cli.stage import Stage, bridge, claim, describe, run_stage
 from vlm_compress.cli.train import load_module
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
 from vlm_compress.config import check
@@ -31,7 +31,6 @@ from vlm_compress.eval import scoring
 from vlm_compress.eval.evaluator import Method, Question, questions_of
 from vlm_compress.eval.report import print_table, write_report
 from vlm_compress.eval.tables import role_of, same_budget
-from vlm_compress.train.checkpoint import claim_workdir
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,13 +71,14 @@ def main(argv: list[str]) -> int:
     for name in [n for n in page.PLAN if n in (args.stages or page.PLAN)]:
       here = args.workdir / f'seed{seed}' / name
       known = settings(page, name, seed, args)
-      claim_workdir(here, known)
+      for line in claim(here, known, train.fingerprint):
+        say(line)
       if not (here / 'rows.json').exists():
         say(f'[seed {seed}: {name}]')
         rows = one(stage_of(page, name, seed, args), name, here, train, test,
                    base, known, say)
         write_text(here / 'rows.json', json.dumps(rows))
-  rows, stages, configs = collect(page, args)
+  rows, stages, configs = collect(page, args, train.fingerprint)
   finish(rows, [q.example for q in asked(stage, test)
                 if q.turn.kind in stage.headline])
   paths = write_report(
@@ -126,11 +126,12 @@ def settings(page, name: str, seed: int, args) -> dict[str, Any]:
           'init_from': {'run': start, **settings(page, start, seed, args)}}
 
 
-def collect(page, args) -> tuple[list, list, dict[str, Any]]:
+def collect(page, args, content: str) -> tuple[list, list, dict[str, Any]]:
   """Rows, seconds and configs of all finished runs, of whatever seed.
 
   Raises:
-    ConfigError: a run was made with other settings than the page's.
+    ConfigError: a run was made with other settings than the page's, or on data
+      of another content.
   """
   rows, stages, configs = [], [], {}
   for folder in sorted(args.workdir.glob('seed*')):
@@ -141,7 +142,7 @@ def collect(page, args) -> tuple[list, list, dict[str, Any]]:
     for name in [n for n in page.PLAN if (folder / n / 'rows.json').exists()]:
       stage, here = stage_of(page, name, seed, args), folder / name
       known = settings(page, name, seed, args)
-      claim_workdir(here, known)
+      claim(here, known, content)
       rows += json.loads((here / 'rows.json').read_text())
       stages.append({'name': f'{name}, seed {seed}',
                      'seconds': float((here / 'seconds.txt').read_text()),
@@ -163,7 +164,8 @@ def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, known,
         f'{weights.parent.parent.name} to --stages; if only its rows are left, '
         'delete its folder to train it again')
   seed = stage.recipe.seed
-  model, params, _ = run_stage(stage, here, train, message=say, settings=known)
+  model, _ = run_stage(stage, here, train, message=say, settings=known)
+  params = load_params(here / 'model')
   bench = results.Bench(
       test.take(stage.num_test), test.features, asked(stage, test),
       stage.headline, tokenizer_for(stage.data, train.examples), stage.rows.template,

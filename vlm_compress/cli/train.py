@@ -18,13 +18,13 @@ import sys
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlm_compress.cli import distributed
 from vlm_compress.cli.arguments import Parser
 from vlm_compress.cli.stage import OPTIONAL, Stage, bridge, run_stage, vision_of
+from vlm_compress.cli.together import first_alone
 from vlm_compress.cli.workspace import open_split
 from vlm_compress.config import (
   AtpConfig,
@@ -193,12 +193,8 @@ def _run(stage: Stage, args: argparse.Namespace) -> None:
   console = Console(stderr=True, quiet=not first)
   say = lambda line: console.print(line, markup=False, highlight=False)
   root = args.data_root or args.workdir.absolute().parent
-  if not first:  # on a shared disk the first one prepares the data for all
-    multihost_utils.sync_global_devices('the data are prepared')
-  split = open_split(stage.data, stage.data.train_split, root, say,
-                     vision_of(stage))
-  if first:
-    multihost_utils.sync_global_devices('the data are prepared')
+  split = first_alone('the data are prepared', lambda: open_split(
+      stage.data, stage.data.train_split, root, say, vision_of(stage)))
   run_stage(stage, args.workdir, split, message=say,
             tensorboard=not args.no_tensorboard,
             allow_change=args.allow_config_change,

@@ -114,10 +114,12 @@ class _Job:
 
 def _measure(job: _Job) -> tuple[int, np.ndarray]:
   """(first row, int32[rows, 2])."""
-  found = []
+  found, source = [], job.source
+  # How many pictures a row has is enough, where they can be left unread.
+  example_of = getattr(source, 'conversation', source.__getitem__)
   for index in range(job.start, job.stop):
     try:
-      found.append(job.ruler.measure(job.source[index]))
+      found.append(job.ruler.measure(example_of(index)))
     except DataError as e:
       raise DataError(f'row {index} of {job.source!r}: {e}') from e
   return job.start, np.asarray(found, np.int32)
@@ -126,11 +128,15 @@ def _measure(job: _Job) -> tuple[int, np.ndarray]:
 def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
                 config: LlavaConfig, *, frozen: bool, fingerprint: str,
                 cache_dir: str | os.PathLike[str], workers: int = 1,
-                message: Callable[[str], None] | None = None) -> RowLengths:
+                message: Callable[[str], None] | None = None,
+                wait_for: Callable[[pathlib.Path], Any] = lambda path: None
+                ) -> RowLengths:
   """Opens the lengths of a source's rows, measuring them if needed.
 
   Args:
-    source: random access to Examples.
+    source: random access to Examples.  Pictures are not read where it has a
+      method `conversation`, which gives an Example without their bytes; a
+      record of a prepared data set is one piece and is read whole.
     spec: how rows are made; without `kinds`.
     tokenizer, config: of the model.
     frozen: rows have frozen features and not pixels.
@@ -139,6 +145,8 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
     workers: processes that measure; more than one needs a source that is
       small to send, such as PreparedSource.
     message: called with lines for the user; None prints them to stderr.
+    wait_for: called with the file's path before it is looked for: another
+      process may have written it.
 
   Raises:
     DataError: a row cannot be made (it is named), or the file not written.
@@ -149,6 +157,7 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
   key = json.dumps(ruler.key(fingerprint, count), sort_keys=True)
   digest = hashlib.sha256(key.encode()).hexdigest()
   path = pathlib.Path(cache_dir) / f'lengths-{digest[:16]}.npy'
+  wait_for(path)
   table = _read(path, count, message)
   if table is None:
     message(f'measuring {count} rows into {path} (once)')

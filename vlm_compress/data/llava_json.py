@@ -121,14 +121,21 @@ class LlavaJson:
     """
     row = self._rows[operator.index(index)]
     try:
-      encoded = tuple(images.read_bytes(self.image_folder, name)
-                      for name in row.names)
+      return self._example(row, tuple(images.read_bytes(self.image_folder, name)
+                                      for name in row.names))
     except DataError as e:
       raise DataError(f'{self.row_name(index)}: {e}') from e
+
+  def conversation(self, index: SupportsIndex) -> Example:
+    """The example with pictures of no bytes: no file is read."""
+    row = self._rows[operator.index(index)]
+    return self._example(row, (b'',) * len(row.names))
+
+  def _example(self, row: LlavaRow, pictures: tuple[bytes, ...]) -> Example:
     metadata = {**row.extra, 'id': row.row_id, 'row': row.index,
                 'image': list(row.names)}
     return Example(example_id=str(row.row_id), turns=row.turns,
-                   images=encoded, metadata=metadata)
+                   images=pictures, metadata=metadata)
 
   def image_paths(self, index: SupportsIndex) -> tuple[pathlib.Path, ...]:
     """The image files of an example, without reading them."""
