@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from small_run import ATP, CONFIG, RECIPE, batches, metrics_of, run
+from small_run import ATP, CONFIG, RECIPE, batches, metrics_of, one_device, run
 
 from vlm_compress import sharding
 from vlm_compress.config import ConfigError
@@ -255,7 +255,7 @@ def test_fresh_parameters_must_learn():
   given = {'language_model': whole['language_model']}
   state = lambda given, *trainable, **kwargs: make_state(
       Llava(CONFIG), dataclasses.replace(RECIPE, trainable=trainable),
-      _one_device(), given, **kwargs)
+      one_device(), given, **kwargs)
   with pytest.raises(ConfigError, match='lacks parameters that do not learn: '
                      'multi_modal_projector/.*train.trainable') as caught:
     state(given, 'language_model/')
@@ -320,11 +320,11 @@ def test_parameters_are_listed(tmp_path):
 
 def test_metrics_of_what_was_not_there_are_left_out(tmp_path):
   """A batch without pictures keeps no tokens; JSON has no NaN either."""
-  state = make_state(Llava(CONFIG), RECIPE, _one_device())
-  log = MetricLog(tmp_path, 0, RECIPE, CONFIG, state, _one_device(), False)
+  state = make_state(Llava(CONFIG), RECIPE, one_device())
+  log = MetricLog(tmp_path, 0, RECIPE, CONFIG, state, one_device(), False)
   log.write(1, {'loss': 2.0, 'layer_average_tokens': float('nan')})
   log.close()
-  assert _metrics(tmp_path) == [{'step': 1, 'loss': 2.0}]
+  assert metrics_of(tmp_path) == [{'step': 1, 'loss': 2.0}]
 
 
 def test_intervals_and_event_files(tmp_path):

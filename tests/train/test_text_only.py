@@ -12,11 +12,12 @@ import pytest
 from core_helpers import BOS, IMAGE, Sample
 from small_run import ATP, RECIPE
 
-from vlm_compress.train.steps import accumulate, atp_loss
+from vlm_compress.train.steps import _percentiles, accumulate, atp_loss
 
 TEXT = Sample((BOS, 6, 7, 8, 9), 2)
 SEEN = ('layer_average_tokens', 'loss_budget_depth', 'loss_budget_target',
-        'kept_tokens/module_0', 'threshold_redundancy/module_0',
+        'kept_tokens/module_0', 'kept_tokens_p50/module_0',
+        'kept_tokens_p99/module_0', 'threshold_redundancy/module_0',
         'threshold_spatial/module_0')
 
 
@@ -79,3 +80,10 @@ def test_parts_without_pictures_weigh_nothing():
   (_, without), _ = taken(*small(), samples[::2], 1)
   for name in SEEN:  # nor do rows in a part
     helpers.close(metrics[name], without[name])
+
+
+def test_percentiles_are_of_pictures():
+  kept = np.random.default_rng(0).uniform(0, 9, (40, 2)).astype(np.float32)
+  valid = np.arange(80).reshape(40, 2) % 3 > 0
+  helpers.close(_percentiles(kept, valid), np.percentile(kept[valid], [50, 99]))
+  assert not _percentiles(kept, np.zeros_like(valid)).any()

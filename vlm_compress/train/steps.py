@@ -25,6 +25,7 @@ from vlm_compress.train.recipe import Recipe
 from vlm_compress.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
+PERCENTILES = (50, 99)  # of tokens kept, besides their mean
 
 
 class At(NamedTuple):
@@ -113,6 +114,13 @@ def temperature(config: LlavaConfig, recipe: Recipe, step: jax.Array
   return atp.temperature_start * ratio ** progress
 
 
+def _percentiles(kept: jax.Array, image_valid: jax.Array) -> jax.Array:
+  """PERCENTILES of tokens kept of the pictures that are there; 0 without any."""
+  kept = jnp.where(image_valid, jax.lax.stop_gradient(kept), jnp.nan)
+  found = jnp.nanpercentile(kept, jnp.asarray(PERCENTILES, jnp.float32))
+  return jnp.where(jnp.any(image_valid), found, 0.0)
+
+
 def atp_loss(model: Llava, params: Any, batch: Batch, at: At,
              recipe: Recipe) -> tuple[jax.Array, Metrics]:
   """ATP: next-token loss under soft masks, plus the budget terms.
@@ -120,7 +128,8 @@ def atp_loss(model: Llava, params: Any, batch: Batch, at: At,
   Selectors that keep a fixed number have hard masks and no budget terms; the
   random one draws anew at every step.  The target term is of the layer average
   over the examples that are here: with accumulated gradients, over a part, which
-  weighs by its pictures.  Metrics of pictures are NaN where the batch has none.
+  weighs by its pictures.  So do percentiles of tokens kept.  Metrics of pictures
+  are NaN where the batch has none.
   """
   config = model.config.atp
   adaptive = config.selector == 'adaptive'
@@ -140,8 +149,10 @@ def atp_loss(model: Llava, params: Any, batch: Batch, at: At,
   metrics = {'loss_text': loss,
              'layer_average_tokens': share * parts['layer_average']}
   for module in range(len(config.prune_after)):
-    kept = jnp.sum(out.prune.module_keep[module]) / images
-    metrics[f'kept_tokens/module_{module}'] = kept
+    kept = jnp.sum(out.prune.module_keep[module], axis=-1)
+    metrics[f'kept_tokens/module_{module}'] = jnp.sum(kept) / images
+    for percent, value in zip(PERCENTILES, _percentiles(kept, batch.image_valid)):
+      metrics[f'kept_tokens_p{percent}/module_{module}'] = share * value
   if adaptive:
     depth, target = parts['budget_depth'], parts['budget_target']
     loss = loss + jnp.where(images > 0, share, 0.0) * (depth + target)
