@@ -159,6 +159,7 @@ def test_pictures_are_attributed(path):
   assert 'OpenMoji' in text and 'CC BY-SA 4.0' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_runs(path, workdir, monkeypatch):
   monkeypatch.setenv(pruning.WORKDIR_VARIABLE, str(workdir))

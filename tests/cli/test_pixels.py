@@ -14,6 +14,7 @@ from vlm_compress.cli import __main__ as cli  # noqa: E402
 from vlm_compress.convert.files import load_params  # noqa: E402
 
 
+@pytest.mark.slow
 def test_a_clip_tower_reads_pixels(tmp_path):
   """Frozen, then learning."""
   vision = {'model_type': 'clip_vision_model', 'hidden_size': 16,

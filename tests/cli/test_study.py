@@ -73,6 +73,7 @@ def times(root):
   return {p: p.stat().st_mtime_ns for p in root.glob('study/seed*/*/rows.json')}
 
 
+@pytest.mark.slow  # as all that trains a study first
 def test_what_cannot_be_run(study, capsys):
   argv, _ = study
   for stage, words in (('random25', 'add atp25 to --stages'),

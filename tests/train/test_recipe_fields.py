@@ -24,7 +24,7 @@ from vlm_compress.models import llava
 from vlm_compress.train import loop, optimizer, state, steps
 from vlm_compress.train.loop import fit
 from vlm_compress.train.recipe import Recipe
-from vlm_compress.train.watch import Watch
+from vlm_compress.train.watch import NAMES, Watch
 
 PLAIN = helpers.tiny()
 RECIPE = Recipe(steps=10, warmup_steps=2, log_steps=1, checkpoint_steps=1)
@@ -73,7 +73,7 @@ class _Nothing:
 def _written(recipe):
   """Steps in the log and among the checkpoints of a run that does nothing."""
   step = lambda state, *_: (state.replace(step=state.step + 1),
-                            {'loss': jnp.float32(state.step)})
+                            dict.fromkeys(NAMES, jnp.float32(state.step)))
   with (tempfile.TemporaryDirectory() as folder,
         mock.patch.object(loop, 'make_step', lambda *_: step)):
     workdir = pathlib.Path(folder)
@@ -105,7 +105,7 @@ def _leap(recipe):
     try:
       with Watch(pathlib.Path(folder), recipe) as watch:
         for step, loss in enumerate([1.0] * 12 + [5.0, 1.0]):
-          watch.step(step, None, jnp.float32(loss))
+          watch.step(step, None, dict.fromkeys(NAMES, jnp.float32(loss)))
       return 'went on'
     except ConfigError as e:
       return str(e).partition(';')[0]

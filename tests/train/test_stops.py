@@ -75,7 +75,9 @@ def test_a_step_is_profiled(tmp_path):
   assert len([*(tmp_path / 'tensorboard').rglob('*.xplane.pb')]) == 1
 
 
-@pytest.mark.parametrize('steps', [(4, 4), (3, 5), (6, 99)])
+@pytest.mark.parametrize('steps', [
+    (4, 4), pytest.param((3, 5), marks=pytest.mark.slow),
+    pytest.param((6, 99), marks=pytest.mark.slow)])
 def test_a_profiled_run_goes_on_anywhere(steps, tmp_path):
   """Steps 4 and 6 have checkpoints; the trace may begin before, or never end."""
   for stop in (4, 6, None):
