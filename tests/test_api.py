@@ -261,7 +261,8 @@ def test_save_and_load(vlms, pictures, tmp_path):
     api.load(tmp_path)
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [
+    'full', 'voco', pytest.param('atp', marks=pytest.mark.slow)])
 def test_on_a_mesh_it_answers_the_same(vlms, pictures, tmp_path, method):
   api.save(vlms[method], tmp_path / 'model')
   one = api.load(tmp_path / 'model')

@@ -231,6 +231,12 @@ def test_slurm_does_not_queue_what_failed(stage, tmp_path):
 PROCESS = 'id=${*: -1}; id=${id##*=}\n'
 
 
+def _hear_signals():
+  """bash cannot trap what was ignored when it began, as it is behind nohup."""
+  for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def local(stage):
   """Starts local_processes.sh with a program in the place of vlm-compress."""
@@ -240,7 +246,7 @@ def local(stage):
     return subprocess.Popen(
         ['bash', ROOT / 'launch/local_processes.sh', str(count), *words], cwd=ROOT,
         env=stage.environment(), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+        stderr=subprocess.PIPE, preexec_fn=_hear_signals)
   return start
 
 

@@ -86,7 +86,8 @@ def test_a_regrouped_queue_is_its_prompts_one_by_one(name):
   assert 1.0 < count.waste < plain.waste
 
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', [
+    0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_what_is_left_comes_from_batches_of_any_size(seed, monkeypatch):
   """Few rows, a rung for every count: the last batches mix short and long."""
   waiting, full_bins = [], regroup._Line.full_bins

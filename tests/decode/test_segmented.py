@@ -245,7 +245,8 @@ def test_nothing_is_compiled_for_200_different_images():
   assert compilations.count > 0  # the counter counts
 
 
-@pytest.mark.parametrize('text', [pytest.param(5, marks=pytest.mark.slow), 13])
+@pytest.mark.slow
+@pytest.mark.parametrize('text', [5, 13])
 def test_compiling_ahead_on_a_mesh(text):
   """Any number of text tokens; what is computed on a mesh lies there."""
   config = helpers.atp_config(capacities=(4,))

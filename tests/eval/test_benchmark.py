@@ -215,6 +215,7 @@ def test_rungs_that_counts_are_rounded_up_to(subject):
   assert found['rung_waste'] == [(12 + 12) / 22, (64 + 12) / 46]
 
 
+@pytest.mark.slow
 def test_training_rows(monkeypatch):
   monkeypatch.setattr(training, 'peak_rise', growing(50))
   config = training.config_of(64, 3)
