@@ -133,7 +133,10 @@ def test_two_processes_are_one(start, tmp_path):
   since = time.monotonic()
   text, _ = pair[0].communicate(timeout=60)
   assert pair[0].returncode != 0 and time.monotonic() - since < 60
-  assert 'process 0 of 2 stops' in text and 'start all again' in text, text
+  # Ours where a collective fails first, else that of jax's service, which ends
+  # the process itself.
+  assert 'start all again' in text or (
+      'This most likely indicates that another task died' in text), text
   where = port()
   again = [start(tmp_path / 'dead', 40, 2, i, where, devices=2) for i in range(2)]
   assert 'resumed at step' in finish(again[0])
