@@ -123,6 +123,8 @@ def read_xlsx(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]]:
           yield number, {name: cells.get(column, '') for column, name in header.items()}
   except DataError:
     raise
+  # zipfile says RuntimeError of an encrypted part, and NotImplementedError of a
+  # way of packing that it does not know.
   except (zipfile.BadZipFile, ElementTree.ParseError, ValueError, KeyError,
           IndexError, RuntimeError, NotImplementedError) as e:
     raise DataError(f'{path}: cannot be read as .xlsx ({e}); save it as .csv or '
