@@ -169,7 +169,7 @@ def test_resumed_equals_uninterrupted(kwargs, stop):
   second = batches(**kwargs)
   second.set_state(state)
   assert found + take(second, 75 - stop) == uninterrupted
-  first.set_state({**state, 'batches': 2})  # also one that has begun
+  first.set_state({**state, 'rows': 2 * schedule().batch_size})  # also one that has begun
   assert take(first, 3) == uninterrupted[2:5]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from vlm_compress.config import ConfigError
 from vlm_compress.data import input_pipeline
+from vlm_compress.data.errors import DataError
 
 _LENGTH = 23
 
@@ -102,16 +103,39 @@ def test_resumed_equals_uninterrupted(kwargs, stop):
   assert rows + _rows(second, 16 - stop) == uninterrupted
 
 
-def test_resume_with_rows_left_out():
-  def odd(index, example, rng):
-    return _transform(index, example, rng) if index % 2 else None
-  uninterrupted = _rows(_pipeline(transform=odd), 10)
-  assert all(index % 2 for index, _ in uninterrupted)
-  first = _pipeline(transform=odd)
-  rows = _rows(first, 4)
-  second = _pipeline(transform=odd)
+@pytest.mark.parametrize('before, after', [(1, 3), (3, 1), (2, 3)])
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_resumed_by_another_number_of_processes(before, after, shuffle):
+  parts = lambda count: [
+      _pipeline(batch_size=12 // count, process_index=i, process_count=count,
+                shuffle=shuffle) for i in range(count)]
+  step = lambda pipelines: sorted(row for p in pipelines for row in next(p))
+  whole, first, second = parts(1), parts(before), parts(after)
+  for _ in range(5):  # into the third epoch
+    assert step(first) == step(whole)
+  for part in second:
+    part.set_state(first[-1].get_state())
+  for _ in range(5):
+    assert step(second) == step(whole)
+
+
+@pytest.mark.parametrize('other', [{'seed': 4}, {'shuffle': False}])
+def test_state_of_another_order_is_refused(other):
+  first = _pipeline()
+  next(first)
+  with pytest.raises(DataError, match='other data, tokenizer, seed or buckets'):
+    _pipeline(**other).set_state(first.get_state())
+  with pytest.raises(DataError, match='by an older version'):
+    _pipeline().set_state({'next_index': 4})
+
+
+def test_goes_on_with_batches_of_another_size():
+  rows = _rows(_pipeline(), 8)
+  first = _pipeline()
+  assert _rows(first, 3) == rows[:12]
+  second = _pipeline(batch_size=5)
   second.set_state(first.get_state())
-  assert rows + _rows(second, 6) == uninterrupted
+  assert _rows(second, 4) == rows[12:]
 
 
 def test_remainder_is_dropped_or_kept():

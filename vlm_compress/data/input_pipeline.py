@@ -9,12 +9,15 @@ training loop relies on:
   size, threads or the number of processes.
 * Processes take the shuffled records in turn, so one step of n processes
   with batch_size b holds the records of one step of one process with n * b.
-* The iterator has get_state() and set_state(); the state is small and a
-  pipeline set to it goes on with the very next batch.
+* The iterator has get_state() and set_state(); the state is a number of rows,
+  counted over all processes, and a pipeline set to it goes on with the very
+  next batch, also where there are more or fewer processes than before.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +29,7 @@ from vlm_compress.config import check
 from vlm_compress.data.buckets import Schedule
 from vlm_compress.data.errors import DataError
 
-# Row of one example, or None to leave it out.
+# Row of one example.
 Transform = Callable[[int, Any, np.random.Generator], Any]
 Collate = Callable[[Sequence[Any]], Any]
 
@@ -35,15 +38,14 @@ def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
                  collate: Collate, shuffle: bool = True,
                  num_epochs: int | None = None, process_index: int = 0,
                  process_count: int = 1, drop_remainder: bool = True,
-                 num_threads: int = 0, prefetch: int = 0,
-                 ) -> grain.DatasetIterator:
+                 num_threads: int = 0, prefetch: int = 0) -> Batches:
   """Makes an iterator over batches.
 
   Args:
     source: random-access source with len() and source[i] -> Example.
-    transform: (record_index, example, rng) -> row, or None to leave the
-      record out.  All its randomness must come from rng, a numpy Generator
-      that depends on (seed, epoch, record_index) alone.
+    transform: (record_index, example, rng) -> row.  All its randomness must
+      come from rng, a numpy Generator that depends on (seed, epoch,
+      record_index) alone.
     batch_size: rows per batch and process.
     seed: of order and rows.
     collate: list of rows -> batch.
@@ -57,11 +59,6 @@ def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
       calling thread, which is right for few cores.
     prefetch: finished batches kept ready by one more thread; 0 for none.
 
-  Returns:
-    A grain iterator: next(), get_state() -> dict, set_state(dict).  With
-    several processes and a transform that returns None, processes can end
-    after different numbers of batches.
-
   Raises:
     ConfigError: impossible numbers.
   """
@@ -73,15 +70,28 @@ def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
     epoch = position // length
     return transform(index, source[index], row_generator(seed, epoch, index))
 
-  dataset = grain.MapDataset.range(length)
-  if shuffle:
-    dataset = dataset.shuffle(seed=_shuffle_seed(seed))
-  dataset = dataset.repeat(num_epochs)
-  # The position counts on over epochs and, taken before the records are dealt
-  # to the processes, is the same whatever their number.
-  dataset = dataset.map_with_index(lambda position, index: (position, index))
-  dataset = dataset[process_index::process_count]
-  dataset = dataset.map(lambda item: make_row(*item))
+  def start_at(row: int) -> grain.DatasetIterator:
+    dataset = grain.MapDataset.range(length)
+    if shuffle:
+      dataset = dataset.shuffle(seed=_shuffle_seed(seed))
+    dataset = dataset.repeat(num_epochs)
+    # The position counts on over epochs and, taken before the records are dealt
+    # to the processes, is the same whatever their number.
+    dataset = dataset.map_with_index(lambda position, index: (position, index))
+    dataset = dataset[row + process_index::process_count]
+    dataset = dataset.map(lambda item: make_row(*item))
+    return _batched(dataset, batch_size, drop_remainder, collate, num_threads,
+                    prefetch)
+
+  plan = json.dumps([length, seed, shuffle])
+  return Batches(start_at, batch_size * process_count,
+                 hashlib.sha256(plan.encode()).hexdigest()[:16])
+
+
+def _batched(dataset: grain.MapDataset, batch_size: int, drop_remainder: bool,
+             collate: Collate, num_threads: int, prefetch: int
+             ) -> grain.DatasetIterator:
+  """Reads rows, in threads if there are any, and makes batches of them."""
   dataset = dataset.to_iter_dataset(
       grain.ReadOptions(num_threads=num_threads,
                         prefetch_buffer_size=4 * num_threads))
@@ -119,55 +129,57 @@ def _check(source, batch_size, num_epochs, process_index, process_count,
           'per process; use a smaller one, or drop_remainder=False')
 
 
-class BucketedBatches:
-  """Iterator over batches of several lengths; see `make_bucketed`.
-
-  Its state is a number of batches, and so does not depend on the number of
-  processes or threads.
-  """
+class Batches:
+  """Iterator over batches; see `make_dataset` and `make_bucketed`."""
 
   def __init__(self, start_at: Callable[[int], grain.DatasetIterator],
-               digest: str):
-    """Takes a function of a batch's number that gives an iterator from it on,
-    and a digest of all that decides which batch has which rows."""
-    self._start_at, self._digest = start_at, digest
-    self._count, self._inner = 0, None
+               batch_size: int, digest: str):
+    """Takes what the state is made of.
 
-  def __iter__(self) -> BucketedBatches:
+    Args:
+      start_at: number of a row, counted over all processes -> iterator over
+        this process's batches from there on.
+      batch_size: rows per batch of all processes.
+      digest: of all that decides which row comes when.
+    """
+    self._start_at, self._batch_size, self._digest = start_at, batch_size, digest
+    self._rows, self._inner = 0, None
+
+  def __iter__(self) -> Batches:
     return self
 
   def __next__(self) -> Any:
     if self._inner is None:
-      self._inner = self._start_at(self._count)
+      self._inner = self._start_at(self._rows)
     batch = next(self._inner)
-    self._count += 1
+    self._rows += self._batch_size
     return batch
 
   def get_state(self) -> dict[str, Any]:
     """The position, as JSON types."""
-    return {'batches': self._count, 'plan': self._digest}
+    return {'rows': self._rows, 'plan': self._digest}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes on with the very next batch.
 
     Raises:
-      DataError: the state is of other data, seed, batch size or buckets.
+      DataError: the state is of other data, another seed or other buckets.
     """
-    if state.get('plan') != self._digest:
-      raise DataError('the checkpoint was made with other data, tokenizer, '
-                      'seed, batch size or buckets: which rows it has seen is '
-                      'not known; use those it was made with, or another '
+    if state.get('plan') != self._digest or 'rows' not in state:
+      raise DataError('the checkpoint was made with other data, tokenizer, seed '
+                      'or buckets, or by an older version: which rows it has '
+                      'seen is not known; use those it was made with, or another '
                       '--workdir')
     if self._inner is not None:
       self._inner.close()
-    self._count, self._inner = int(state['batches']), None
+    self._rows, self._inner = int(state['rows']), None
 
 
 def make_bucketed(source, transform: Transform, schedule: Schedule, *,
                   collate: Callable[[Sequence[Any], int], Any],
                   num_epochs: int | None = None, process_index: int = 0,
                   process_count: int = 1, num_threads: int = 0,
-                  prefetch: int = 0) -> BucketedBatches:
+                  prefetch: int = 0) -> Batches:
   """Makes an iterator over batches of rows of one modality and similar length.
 
   Args:
@@ -197,17 +209,11 @@ def make_bucketed(source, transform: Transform, schedule: Schedule, *,
     generator = row_generator(schedule.seed, epoch, index)
     return length, transform(index, source[index], generator)
 
-  def start_at(batch: int) -> grain.DatasetIterator:
-    dataset = grain.MapDataset.range(batch * share, end).map(make_row)
-    dataset = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=num_threads,
-                          prefetch_buffer_size=4 * num_threads))
-    dataset = dataset.batch(
-        share, drop_remainder=True,
-        batch_fn=lambda rows: collate([row for _, row in rows], rows[0][0]))
-    if prefetch:
-      dataset = grain.experimental.ThreadPrefetchIterDataset(
-          dataset, prefetch_buffer_size=prefetch)
-    return iter(dataset)
+  def start_at(row: int) -> grain.DatasetIterator:
+    dataset = grain.MapDataset.range(row // process_count, end).map(make_row)
+    return _batched(
+        dataset, share, True,
+        lambda rows: collate([row for _, row in rows], rows[0][0]), num_threads,
+        prefetch)
 
-  return BucketedBatches(start_at, schedule.digest)
+  return Batches(start_at, batch_size, schedule.digest)
