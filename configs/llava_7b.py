@@ -1,8 +1,9 @@
 """LLaVA-1.5 and its compression at 7B and 13B: alignment, instruction, VoCo, ATP.
 
-Arguments: align, instruct, voco, atp (144 tokens), atp88, atp_frozen (144 tokens,
-  ATP's modules learn alone); 13b_align ... for 13B, tiny_align ... for a model of
-  40 thousand parameters on any machine.
+Arguments: align, instruct, voco, voco_kl (with an explicit teacher), atp (144
+  tokens), atp88, atp_frozen (144 tokens, ATP's modules learn alone); for a small
+  slice instruct_lora, voco_lora, atp_lora; 13b_align ... for 13B, tiny_align ...
+  for a model of 40 thousand parameters on any machine.
 Data:      vlm-compress prepare-data --json=blip_laion_cc_sbu_558k.json \
              --images=pretrain --out=data/blip_laion_cc_sbu_558k
            vlm-compress prepare-data --json=llava_v1_5_mix665k.json \
@@ -14,7 +15,7 @@ Command:   vlm-compress train --config=configs/llava_7b.py:align \
            then instruct, then voco or one of atp's, which start from it; another
            start: --config.init_from=DIR
 Hardware:  v5e-256, or v5p with 64 chips: --config.mesh.fsdp=64
-           --config.mesh.tensor=1 there.  Before
+           --config.mesh.tensor=1 there; the lora pages v5e-16.  Before
            renting one: vlm-compress compile --config=configs/llava_7b.py:voco \
              --topology=v5e:16x16
            says whether it fits and gives hours; results/compile has some.
@@ -41,8 +42,11 @@ LLaVA-1.5's recipe: a projector that learns alone from captions, then projector
 and decoder from conversations, the tower always frozen; cosine with 3 % warm-up,
 no weight decay, bfloat16 with float32 masters.  VoCo leaves out the 40,688 rows
 without a picture: its two epochs are of the other 624,610.  atp_frozen is atp in
-all but what learns; its rate is atp's, too.  A loss of five times the last ones'
-mean stops a run (ours).
+all but what learns; its rate is atp's, too.  voco_kl adds the KL to the model that
+it starts from, with weight 1 (ours).  The lora pages are LLaVA-1.5's LoRA recipe
+(rank 128, alpha 256, 2e-4; dropout left out) for each stage; all that learns has
+that one rate, where LLaVA's projector has 2e-5.  A loss of five times the last
+ones' mean stops a run (ours).
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from vlm_compress.config import LoraConfig
 from vlm_compress.data.rows import RowSpec
 from vlm_compress.presets import preset, prune_after_for
 from vlm_compress.train.recipe import Recipe
@@ -60,7 +65,9 @@ NUM_TEXT_ONLY = 40_688  # conversations without a picture, which teach VoCo noth
 WARMUP = 0.03
 PROJECTOR, DECODER = 'multi_modal_projector/', 'language_model/'
 SIZES = {'13b': 'llava_1_5_13b', 'tiny': 'tiny'}
-STAGES = ('align', 'instruct', 'voco', 'atp', 'atp88', 'atp_frozen')
+STAGES = ('align', 'instruct', 'voco', 'voco_kl', 'atp', 'atp88', 'atp_frozen',
+          'instruct_lora', 'voco_lora', 'atp_lora')
+LORA = '_lora'
 
 
 def _size(name: str) -> dict:
@@ -87,6 +94,9 @@ def _stage(name: str, num_layers: int) -> tuple[dict, dict, dict]:
   with_picture = NUM_CONVERSATIONS - NUM_TEXT_ONLY
   tuned = lambda stage, *learn, rows=NUM_CONVERSATIONS, epochs=1: _recipe(
       stage, rows, 128, epochs, 2e-5, *learn)
+  voco = tuned('voco', PROJECTOR, DECODER, 'voco_embedding', rows=with_picture,
+               epochs=2)
+  compressed = {'template': 'voco', 'num_voco_tokens': (1,)}
   one_turn = {'template': 'vicuna_v1', 'one_turn': True}
   atp = lambda tokens: {'atp': {'target_tokens': tokens,
                                 'prune_after': prune_after_for(num_layers)}}
@@ -97,10 +107,9 @@ def _stage(name: str, num_layers: int) -> tuple[dict, dict, dict]:
                 _recipe('align', NUM_CAPTIONS, 256, 1, 1e-3, PROJECTOR)),
       'instruct': ({}, {'template': 'vicuna_v1'},
                    tuned('instruct', PROJECTOR, DECODER)),
-      'voco': ({'voco': {'num_voco_tokens': 1}},
-               {'template': 'voco', 'num_voco_tokens': (1,)},
-               tuned('voco', PROJECTOR, DECODER, 'voco_embedding',
-                     rows=with_picture, epochs=2)),
+      'voco': ({'voco': {'num_voco_tokens': 1}}, compressed, voco),
+      'voco_kl': ({'voco': {'num_voco_tokens': 1, 'distill_weight': 1.0}},
+                  compressed, {**voco, 'teacher': 'frozen'}),
       'atp': (atp(144.0), one_turn, tuned('atp', PROJECTOR, DECODER, 'atp/')),
       'atp88': (atp(88.0), one_turn, tuned('atp', PROJECTOR, DECODER, 'atp/')),
       'atp_frozen': (atp(144.0), one_turn, tuned('atp', 'atp/')),
@@ -110,7 +119,8 @@ def _stage(name: str, num_layers: int) -> tuple[dict, dict, dict]:
 def get_config(arg: str = 'instruct') -> ConfigDict:
   """A stage of 7B, or of another size: '13b_voco', 'tiny_voco'."""
   prefix, _, rest = arg.partition('_')
-  size, name = (prefix, rest) if prefix in SIZES else ('7b', arg)
+  size, page = (prefix, rest) if prefix in SIZES else ('7b', arg)
+  name = page.removesuffix(LORA)
   model = _size(SIZES.get(size, 'llava_1_5_7b'))
   method, rows, train = _stage(name, model['text']['num_hidden_layers'])
   runs, start = f'runs/llava_{size}', {'align': 'start', 'instruct': 'align'}
@@ -132,9 +142,22 @@ def get_config(arg: str = 'instruct') -> ConfigDict:
                    f'{"" if name == "align" else "/model"}',
       'mesh': {'data': -1, 'fsdp': 32, 'tensor': 2},
   }, convert_dict=True)
+  if page != name:
+    _adapt(config, page)
   if size == 'tiny':
     _shrink(config)
   return config
+
+
+def _adapt(config: ConfigDict, page: str) -> None:
+  """LoRA instead of the decoder's kernels, on a slice of 16 chips."""
+  if page not in STAGES:
+    raise KeyError(page)
+  config.model.lora = ConfigDict(dataclasses.asdict(LoraConfig()))
+  config.train.learning_rate = 2e-4
+  config.train.trainable = tuple('*/lora_*' if name == DECODER else name
+                                 for name in config.train.trainable)
+  config.mesh.update(fsdp=16, tensor=1)
 
 
 def _shrink(config: ConfigDict) -> None:
@@ -143,5 +166,7 @@ def _shrink(config: ConfigDict) -> None:
   config.train.update(steps=12, batch_size=8, warmup_steps=1, log_steps=4,
                       checkpoint_steps=4)
   config.mesh.update(fsdp=1, tensor=1)
+  if config.model.get('lora') is not None:
+    config.model.lora.update(rank=4, alpha=8.0)
   if 'atp' in config.model:
     config.model.atp.target_tokens = 8.0 if config.model.atp.target_tokens > 100 else 6.0

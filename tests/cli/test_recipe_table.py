@@ -10,12 +10,13 @@ import pytest
 
 from vlm_compress.cli.stage import bridge
 from vlm_compress.cli.train import load_module, load_page
+from vlm_compress.config import PROJECTIONS
 from vlm_compress.sharding import MeshSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = str(ROOT / 'configs/llava_7b.py')
 PROJECTOR, DECODER = 'multi_modal_projector/', 'language_model/'
-ALL = (PROJECTOR, DECODER)
+ALL, ADAPTED = (PROJECTOR, DECODER), (PROJECTOR, '*/lora_*')
 MIX, PICTURES = 665_298, 665_298 - 40_688  # rows, and those with a picture
 # page: stage, peak rate, batch, rows, epochs, template, pictures are, one turn,
 # what learns, start.
@@ -26,13 +27,21 @@ TABLE = {
                  ALL, 'align/model'),
     'voco': ('voco', 2e-5, 128, PICTURES, 2, 'voco', 'pad', False,
              (*ALL, 'voco_embedding'), 'instruct/model'),
+    'voco_kl': ('voco', 2e-5, 128, PICTURES, 2, 'voco', 'pad', False,
+                (*ALL, 'voco_embedding'), 'instruct/model'),
     'atp': ('atp', 2e-5, 128, MIX, 1, 'vicuna_v1', 'pad', True,
             (*ALL, 'atp/'), 'instruct/model'),
     'atp88': ('atp', 2e-5, 128, MIX, 1, 'vicuna_v1', 'pad', True,
               (*ALL, 'atp/'), 'instruct/model'),
     'atp_frozen': ('atp', 2e-5, 128, MIX, 1, 'vicuna_v1', 'pad', True,
-                   ('atp/',), 'instruct/model')}
-TARGETS = {'atp': 144.0, 'atp88': 88.0, 'atp_frozen': 144.0}
+                   ('atp/',), 'instruct/model'),
+    'instruct_lora': ('instruct', 2e-4, 128, MIX, 1, 'vicuna_v1', 'pad', False,
+                      ADAPTED, 'align/model'),
+    'voco_lora': ('voco', 2e-4, 128, PICTURES, 2, 'voco', 'pad', False,
+                  (*ADAPTED, 'voco_embedding'), 'instruct/model'),
+    'atp_lora': ('atp', 2e-4, 128, MIX, 1, 'vicuna_v1', 'pad', True,
+                 (*ADAPTED, 'atp/'), 'instruct/model')}
+TARGETS = {'atp': 144.0, 'atp88': 88.0, 'atp_frozen': 144.0, 'atp_lora': 144.0}
 MODULES = {'': (4, 14, 24), '13b_': (5, 17, 30)}
 
 
@@ -54,7 +63,8 @@ def test_a_recipe_is_the_papers(size, name):
   # Adam's first beta is optax's 0.9, which tests/train/test_schedule.py pins.
   assert (recipe.b2, recipe.weight_decay, recipe.final_learning_rate) == (
       0.999, 0.0, 0.0)
-  assert (recipe.clip_norm, recipe.accumulate_steps, recipe.teacher) == (1.0, 1, 'none')
+  assert (recipe.clip_norm, recipe.accumulate_steps, recipe.teacher) == (
+      1.0, 1, 'frozen' if name == 'voco_kl' else 'none')
   assert recipe.spike_factor == 5.0
   assert recipe.trainable == learns
   assert (stage.rows.template, stage.rows.image_aspect_ratio, stage.rows.one_turn,
@@ -62,7 +72,8 @@ def test_a_recipe_is_the_papers(size, name):
                                  1024 if name == 'align' else 2048)
   folder = 'llava_' + ('13b' if size else '7b')
   assert stage.init_from == f'runs/{folder}/{start}'
-  assert stage.mesh == MeshSpec(data=-1, fsdp=32, tensor=2)
+  assert stage.mesh == (MeshSpec(data=-1, fsdp=16, tensor=1) if name.endswith('_lora')
+                        else MeshSpec(data=-1, fsdp=32, tensor=2))
   assert (stage.model['dtype'], stage.model['param_dtype'], stage.model['remat']) == (
       'bfloat16', 'float32', True)
 
@@ -72,8 +83,12 @@ def test_a_recipe_is_the_papers(size, name):
 def test_a_method_is_the_papers(size, name):
   stage = bridge(load_page(f'{PAGE}:{size}{name}'))
   voco, atp = (stage.model.get(method) for method in ('voco', 'atp'))
-  assert voco == ({'num_voco_tokens': 1} if name == 'voco' else None)
-  assert stage.rows.num_voco_tokens == ((1,) if name == 'voco' else (0,))
+  want = {'num_voco_tokens': 1} if name.startswith('voco') else None
+  assert voco == (want and {**want, 'distill_weight': 1.0} if name == 'voco_kl' else want)
+  assert stage.rows.num_voco_tokens == ((1,) if want else (0,))
+  lora = stage.model.get('lora')
+  assert (lora and (lora['rank'], lora['alpha'], set(lora['targets']))) == (
+      (128, 256.0, set(PROJECTIONS)) if name.endswith('_lora') else None)
   want = {'target_tokens': TARGETS[name], 'prune_after': MODULES[size]} if (
       name in TARGETS) else None
   assert atp == want
