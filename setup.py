@@ -56,6 +56,11 @@ CONVERT = [
     'tokenizers>=0.23',        # what every vocabulary becomes
 ]
 
+GCS = [
+    'gcsfs>=2026.10',          # gs:// for etils.epath; brings google-cloud-storage,
+                               # which Orbax asks about a bucket
+]
+
 NOTEBOOKS = [
     'ipykernel>=7.4',          # the kernel that runs them
     'matplotlib>=3.11',        # their figures
@@ -63,7 +68,8 @@ NOTEBOOKS = [
     'nbformat>=5.11',          # reads them; the test checks for outputs
 ]
 
-TEST = DEMO + CONVERT + NOTEBOOKS + [
+TEST = DEMO + CONVERT + GCS + NOTEBOOKS + [
+    'google-crc32c>=1.9',      # checksums that the tests' gs:// server gives
     'pytest>=9.2',             # test runner
     'pytest-xdist>=3.6',       # one process per core: tests are compile-bound
     'ruff>=0.17',              # linter
@@ -97,6 +103,7 @@ setuptools.setup(
     extras_require={
         'demo': DEMO,
         'convert': CONVERT,
+        'gcs': GCS,
         'test': TEST,
         'parity': PARITY,
         'notebooks': NOTEBOOKS,

@@ -5,7 +5,7 @@
 #
 #   JSON    file in LLaVA's format
 #   IMAGES  folder that the paths of its pictures are relative to
-#   OUT     folder of the shards; train with --config.data.name=prepared and
+#   OUT     folder of the shards, local or gs://bucket/folder; train with --config.data.name=prepared and
 #           data.options.directory=OUT
 #   FLAG    more flags of prepare-data: --workers 16 --skip-broken
 #

@@ -38,6 +38,7 @@ done
 (($# >= 2)) || usage
 config=$1 workdir=$2
 shift 2
+[[ $workdir != *:* ]] || { echo "error: WORKDIR $workdir: name a folder on a shared disk" >&2; exit 2; }
 
 run() { printf '%q ' "$@"; echo; $dry_run || "$@"; }
 

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a TPU, of one slice or several; copies the result.
+# Trains on all hosts of a TPU, of one slice or several; copies result and logs.
 #
 #   launch/tpu_run.sh [--dry-run] [--queued] NAME ZONE CONFIG WORKDIR BUCKET [FLAG...]
 #
 #   --queued  NAME is a queued resource (tpu_queue.sh), with all its slices
 #   CONFIG    a config of the repository: configs/quickstart.py:instruct
-#   WORKDIR   folder below the home directory.  With several hosts it must be on
-#             the disk they share (shared/runs/a, see tpu_setup.sh); the trainer
-#             cannot write to gs://
-#   BUCKET    gs://bucket/folder gets WORKDIR's last folder when training is
-#             done, without checkpoints, and the logs of all hosts at any end
+#   WORKDIR   gs://bucket/folder, or a folder below the home directory: with
+#             several hosts on a disk they share (shared/runs/a, tpu_setup.sh)
+#   BUCKET    gs://bucket/folder gets WORKDIR's last folder, if it is on a disk,
+#             when training is done, without checkpoints, and all logs at any end
 #   FLAG      more flags of train: --data-root=data --config.train.seed=1
 #             Paths in flags and in CONFIG are below shared/ if WORKDIR is,
 #             else below the home directory
@@ -30,8 +29,8 @@ while [[ ${1-} == -* ]]; do
 done
 (($# >= 5)) || usage
 name=$1 zone=$2 config=$3 workdir=${4%/} bucket=${5%/} && shift 5
-[[ $workdir != *:* && $workdir != /* ]] || {
-  echo "error: WORKDIR $workdir: name a folder below the VM's home" >&2; exit 2; }
+[[ $workdir == gs://?*/?* || ($workdir != *:* && $workdir != /*) ]] || {
+  echo "error: WORKDIR $workdir: gs://bucket/folder, or a folder below the VM's home" >&2; exit 2; }
 [[ $bucket == gs://* ]] || {
   echo "error: BUCKET $bucket: name it gs://bucket/folder" >&2; exit 2; }
 
@@ -39,7 +38,7 @@ run() { printf '%q ' "$@"; echo; $dry_run || "$@"; }
 on() { run gcloud compute tpus "$kind" ssh "$name" --zone="$zone" "$@"; }
 
 # Quoted once for the shells of the hosts, which start in the home directory.
-below=. up='' && [[ $workdir != shared/* ]] || below=shared up=../
+below=. up='' there='test -e' && [[ $workdir != shared/* ]] || below=shared up=../
 printf -v train '%q ' "${up}vlm_env/bin/vlm-compress" train --distributed \
   "--config=${up}vlm_compress/$config" "--workdir=${workdir#shared/}" "$@"
 printf -v to '%q' "$bucket/${workdir##*/}"
@@ -55,5 +54,6 @@ on "${all[@]}" --command="gcloud storage cp vlm_logs/*.log $to/logs/" ||
   echo "warning: logs of hosts are not in $bucket" >&2
 ((code == 0)) || { echo "error: training failed ($code); run it again to resume" >&2; exit "$code"; }
 printf -v copy '%q ' gcloud storage rsync -r '--exclude=^(damaged_)?checkpoints/.*' "$workdir"
-on --worker=0 --command="test -e $(printf %q "$workdir")/model/config.json || {
+[[ $workdir != gs://* ]] || there='gcloud storage ls' copy=': '
+on --worker=0 --command="$there $(printf %q "$workdir")/model/config.json || {
   echo 'stopped before the last step; run it again to resume' >&2; exit 3; }; $copy $to"

@@ -5,7 +5,7 @@
 #
 #   --queued       NAME is a queued resource (tpu_queue.sh), with all its slices
 #   SERVER:/SHARE  NFS share (Filestore) to mount at ~/shared; several hosts
-#                  need such a disk for workdirs
+#                  need such a disk for workdirs that are not on gs://
 #
 # Run it again after a commit: it replaces the source and keeps the
 # environment.  Python 3.11 or newer is taken from the image, or installed.
@@ -42,7 +42,7 @@ if [ -z "$python" ]; then
   sudo apt-get $wait install -y python3.11 python3.11-venv && python=python3.11
 fi
 [ -x vlm_env/bin/pip ] || "$python" -m venv vlm_env
-vlm_env/bin/pip install -q -e "vlm_compress[demo]" "jax[tpu]"
+vlm_env/bin/pip install -q -e "vlm_compress[demo,gcs]" "jax[tpu]"
 if [ -n "$share" ] && ! mountpoint -q shared; then
   sudo apt-get $wait install -y nfs-common
   sudo mount -t nfs "$share" shared

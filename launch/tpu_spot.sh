@@ -3,16 +3,15 @@
 #
 #   launch/tpu_spot.sh [--dry-run] NAME ZONE TYPE SLICES SERVER:/SHARE CONFIG WORKDIR BUCKET [FLAG...]
 #
-#   as in tpu_queue.sh, tpu_setup.sh and tpu_run.sh; WORKDIR is shared/...
-#
-#   TRIES in the environment (default 5): it gives up after so many failures
-#   without a newer checkpoint.  Waiting for slices is no failure.
+#   as in tpu_queue.sh, tpu_setup.sh and tpu_run.sh; WORKDIR is shared/..., or
+#   gs://bucket/folder ('' for SERVER:/SHARE then mounts no disk).
+#   TRIES (environment, default 5): it gives up after so many failures without
+#   a newer checkpoint.  Waiting for slices is no failure.
 #   The slices are deleted when training is done; otherwise run it again.
 set -euo pipefail
-
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit "${1:-2}"; }
 
-dry=''
+dry='' list='ls'
 while [[ ${1-} == -* ]]; do
   case $1 in
     --dry-run) dry=$1 ;;
@@ -23,14 +22,15 @@ while [[ ${1-} == -* ]]; do
 done
 (($# >= 8)) || usage
 name=$1 zone=$2 workdir=$7 tries=${TRIES:-5} here=$(dirname "$0")
-[[ $workdir == shared/?* ]] || { echo "error: WORKDIR $workdir: name a folder below shared/" >&2; exit 2; }
+[[ $workdir =~ ^(shared/|gs://[^/]+/). ]] || { echo "error: WORKDIR $workdir: shared/... or gs://bucket/folder" >&2; exit 2; }
+[[ $workdir != gs://* ]] || list='gcloud storage ls'
 
 queue=("$here/tpu_queue.sh" ${dry:+"$dry"} --spot "$name" "$zone" "$3" "$4")
 setup=("$here/tpu_setup.sh" ${dry:+"$dry"} --queued "$name" "$zone" "$5")
 train=("$here/tpu_run.sh" ${dry:+"$dry"} --queued "$name" "$zone" "${@:6}")
 on() { gcloud compute tpus queued-resources "$1" "$name" --zone="$zone" "${@:2}"; }
 say() { echo "$(date '+%F %T') $name: $*" >&2; }
-newest() { on ssh --worker=0 --command="ls $(printf %q "$workdir")/checkpoints | grep -x '[0-9]*' | sort -n | tail -n 1"; }
+newest() { on ssh --worker=0 --command="$list $(printf %q "${workdir%/}")/checkpoints | sed 's:/*$::;s:.*/::' | grep -x '[0-9]*' | sort -n | tail -n 1"; }
 
 if [[ -n $dry ]]; then
   "${queue[@]}" && "${setup[@]}" && "${train[@]}"

@@ -94,7 +94,9 @@ def test_usage_is_shown(script, words, code, stage):
 
 
 @pytest.mark.parametrize('script, words, wrong', [
-    ('tpu_run.sh', ['vm', 'z', CONFIG, 'gs://b/w', 'gs://b/w'], 'gs://b/w'),
+    ('tpu_run.sh', ['vm', 'z', CONFIG, 'gs://b', 'gs://b/w'], 'gs://b'),
+    ('tpu_run.sh', ['vm', 'z', CONFIG, 's3://b/w', 'gs://b/w'], 's3://b/w'),
+    ('slurm_train.sh', [CONFIG, 'gs://b/w'], 'gs://b/w'),
     ('tpu_run.sh', ['vm', 'z', CONFIG, '/runs', 'gs://b/w'], '/runs'),
     ('tpu_run.sh', ['vm', 'z', CONFIG, 'runs/x', 'b/w'], 'b/w'),
     ('tpu_queue.sh', ['q', 'z', 'v6e-8', '0'], 'SLICES 0'),
@@ -233,6 +235,26 @@ def test_the_result_is_copied_when_there_is_one(stage):
                   '--exclude=^(damaged_)?checkpoints/.*', 'runs/a b', 'gs://b/w/a b']
   assert re.match(copy[4].partition('=')[2], 'checkpoints/4/state')
   assert not re.match(copy[4].partition('=')[2], 'model/config.json')
+
+
+def test_a_workdir_on_gs_needs_no_copy(stage):
+  words = (CONFIG, 'gs://c/r/a b/', 'gs://b/w', '--data-root=data')
+  command, home = hosts_command(stage, 0, *words)
+  program = home / 'vlm_env/bin/vlm-compress'
+  program.write_text('#!/bin/bash\npwd; printf "<%s>\\n" "$@"\n')
+  program.chmod(0o755)
+  done, _ = stage.bash('-c', command, cwd=home, HOSTNAME='w-1')
+  assert done.stdout.splitlines() == [f'w-1: {x}' for x in (
+      home, '<train>', '<--distributed>', f'<--config=vlm_compress/{CONFIG}>',
+      '<--workdir=gs://c/r/a b>', '<--data-root=data>')]
+  assert 'gs://b/w/a\\ b/logs/' in hosts_command(stage, 1, *words)[0]
+  command, _ = hosts_command(stage, 2, *words)
+  done, calls = stage.bash('-c', command, cwd=home)
+  assert done.returncode == 0, done.stderr
+  assert calls == [['gcloud', 'storage', 'ls', 'gs://c/r/a b/model/config.json']]
+  stage.program('gcloud', 'exit 1')
+  done, _ = stage.bash('-c', command, cwd=home)
+  assert done.returncode == 3 and 'run it again to resume' in done.stderr
 
 
 def test_failed_training_copies_logs_and_no_result(stage):

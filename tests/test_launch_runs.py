@@ -44,14 +44,14 @@ DEEDS = ((' create ', 'create'), (' delete ', 'delete'), ('--distributed', 'trai
          ('pip install', 'setup'))
 
 
-def spot(stage, states, runs, steps, **variables):
+def spot(stage, states, runs, steps, workdir='shared/runs/a', **variables):
   """Runs tpu_spot.sh; gives the process, what it did, and how long it slept."""
   for name, words in (('states', states), ('runs', runs), ('steps', steps)):
     (stage.bin.parent / name).write_text(''.join(f'{x}\n' for x in words.split()))
   stage.program('gcloud', GCLOUD)
   done, calls = stage.launch(
       'tpu_spot.sh', 'q', 'z', 'v5litepod-16', '2', '10.0.0.2:/share', CONFIG,
-      'shared/runs/a', 'gs://b/w', '--config.train.seed=1', **variables)
+      workdir, 'gs://b/w', '--config.train.seed=1', **variables)
   deeds = [deed for call in calls for word, deed in DEEDS if word in ' '.join(call)]
   return done, deeds, [int(c[1]) for c in calls if c[0] == 'sleep']
 
@@ -81,6 +81,22 @@ def test_a_newer_checkpoint_gives_all_tries_back(stage):
                         TRIES='3')
   assert done.returncode == 0, done.stderr
   assert deeds.count('train') == 5 and deeds[-1] == 'delete'
+
+
+@pytest.mark.parametrize('workdir, lists', [
+    ('shared/runs/a', 'ls {0}/checkpoints'),
+    ('gs://b/runs/a', 'gcloud storage ls {0}/checkpoints')])
+def test_checkpoints_are_looked_for_where_they_are(workdir, lists, stage):
+  done, _, _ = spot(stage, 'ACTIVE ', '0', '10', workdir)
+  assert done.returncode == 0, done.stderr
+  asked, = (call[-1] for call in stage.calls() if '/checkpoints |' in call[-1])
+  assert asked.startswith(f'--command={lists.format(workdir)} | ')
+  shown = (f'{workdir}/checkpoints/90/\n{workdir}/checkpoints/100/\n'
+           f'{workdir}/checkpoints/100.tmp/' if 'gs:' in workdir else '90\n100\n100.tmp')
+  for name in ('gcloud', 'ls'):
+    stage.program(name, f'printf "{shown}\n"')
+  found, _ = stage.bash('-c', asked.removeprefix('--command='))
+  assert found.stdout == '100\n'
 
 
 def test_slices_that_cannot_be_had_end_it(stage):

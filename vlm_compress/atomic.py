@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, also when the process is killed."""
+"""Files that appear whole or not at all, also when the process is killed.
+
+On a disk that takes a file beside it and a rename.  An object of a bucket
+(gs://, see remote.py) appears when all of it is there.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+
+from vlm_compress import remote
 
 _ABANDONED = 3600  # seconds; nobody takes that long to write a file
 
@@ -37,16 +43,25 @@ def remove_abandoned(directory: pathlib.Path, suffix: str) -> None:
 def replace(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """Gives a path to write to that becomes `path` when the block ends.
 
-  It lies in the same directory, which must exist.  If the block raises,
-  nothing of it is left and an older file stays as it was.
+  It lies in the same directory, which must exist; of an object in TMPDIR,
+  which must have room for it.  If the block raises, nothing of it is left and
+  an older file stays as it was.
 
   Args:
     path: the file to be.
 
   Yields:
-    The path to write to.
+    The path to write to, on a local disk.
+
+  Raises:
+    OSError: the file cannot be written.
   """
-  path = pathlib.Path(path)
+  path = remote.to_path(path)
+  if remote.is_remote(path):
+    with remote.scratch() as folder:
+      yield folder / path.name
+      remote.upload(folder / path.name, path)
+    return
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
   try:
     yield temporary
@@ -59,8 +74,11 @@ def replace(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
   """Writes a text file, UTF-8, and the directories above it."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = remote.to_path(path)
+  if remote.is_remote(path):
+    remote.write_bytes(path, text.encode('utf-8'))
+    return
+  remote.mkdir(path.parent)
   with replace(path) as temporary:
     temporary.write_text(text, encoding='utf-8')
 

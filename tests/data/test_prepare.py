@@ -341,7 +341,7 @@ def test_a_full_disk_is_one_line(source, tmp_path, workers):
 
 @pytest.mark.parametrize('options, words', [
     (['--out={root}/file'], ['file', 'directory']),
-    (['--out=gs://bucket/data'], ['--out', 'local']),
+    (['--out=s3://bucket/data'], ['s3://bucket/data', 'gs://']),
     (['--images={root}/none'], ['image folder', 'none']),
     (['--json={root}/none.json'], ['none.json', 'does not exist']),
     (['--workers=0'], ['--workers', '>= 1']),

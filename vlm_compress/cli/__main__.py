@@ -18,6 +18,7 @@ import traceback
 import vlm_compress
 from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
+from vlm_compress.remote import RemoteError
 from vlm_compress.train.preemption import Preempted
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -35,10 +36,12 @@ EXTRAS = {
     'gguf': ('gguf', 'convert'),
     'sentencepiece': ('sentencepiece', 'convert'),
     'libtpu': ('libtpu', 'tpu-compile'),
+    'gcsfs': ('gcsfs', 'gcs'),
 }
 
 _USER_ERRORS = (ConfigError, DataError, FileNotFoundError, FileExistsError,
-                PermissionError, NotADirectoryError, IsADirectoryError)
+                PermissionError, NotADirectoryError, IsADirectoryError,
+                RemoteError)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_TEXT = 'No space left on device'
 

@@ -20,6 +20,7 @@ import sys
 from vlm_compress.cli.arguments import Parser, number
 from vlm_compress.data.prepare import REPORT, Preparation, Prepared, prepare
 from vlm_compress.eval.tables import quantity
+from vlm_compress.remote import Path, to_path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
                  help="rows in LLaVA's format")
   p.add_argument('--images', required=True, type=pathlib.Path, metavar='DIR',
                  help='folder that the image paths of the rows are relative to')
-  p.add_argument('--out', required=True, type=pathlib.Path, metavar='DIR',
-                 help='directory of the data set, on a local disk')
+  p.add_argument('--out', required=True, metavar='DIR',
+                 help='directory of the data set; local, or gs://BUCKET/FOLDER')
   p.add_argument('--name', default='', metavar='NAME',
                  help="of the data set for TFDS (made of the file's name)")
   p.add_argument('--workers', type=number(int, 1), metavar='N',
@@ -51,15 +52,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
   """Prepares; returns the exit code."""
   args = parser().parse_args(argv)
+  out = to_path(args.out)
   done = prepare(Preparation(
-      json_file=args.json, image_folder=args.images, out=args.out,
+      json_file=args.json, image_folder=args.images, out=out,
       name=args.name, workers=args.workers, shard_mb=args.shard_mb,
       skip_broken=args.skip_broken))
-  show(args.out, done)
+  show(out, done)
   return 0
 
 
-def show(out: pathlib.Path, done: Prepared) -> None:
+def show(out: Path, done: Prepared) -> None:
   """Prints what is in the data set, and what was left out of it."""
   counts, shards = done.manifest['counts'], len(done.manifest['shards'])
   print(f'{out}: {counts["records"]} rows with {counts["pictures"]} pictures '

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vlm_compress import remote
 from vlm_compress.atomic import write_text
 from vlm_compress.cli.together import agreed, appears, first_alone
 from vlm_compress.cli.workspace import (
@@ -35,6 +34,7 @@ from vlm_compress.convert.processor import Processor
 from vlm_compress.data.buckets import Schedule, padding, plain_padding
 from vlm_compress.data.input_pipeline import make_bucketed, make_dataset
 from vlm_compress.data.lengths import row_lengths
+from vlm_compress.data.manifest import sha256
 from vlm_compress.data.prepared import PreparedSource
 from vlm_compress.data.rows import RowSpec, plain_collate, row_maker, voco_collate
 from vlm_compress.data.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ class Stage:
     per_kind: evaluation, questions per picture and kind.
     num_test: evaluation, pictures.
     headline: kinds whose questions make the accuracy of a result row.
-    init_from: a model directory, or '' to start fresh.
+    init_from: a model directory, local or gs://, or '' to start fresh.
     mesh: devices; a run may go on with others.
   """
   model: dict[str, Any]
@@ -166,11 +166,10 @@ def describe(stage: Stage) -> dict[str, Any]:
   """
   digest = ''
   if stage.init_from:
-    path = pathlib.Path(stage.init_from) / WEIGHTS
-    check(path.is_file(), f'init_from={stage.init_from}: {path} does not '
+    path = remote.to_path(stage.init_from) / WEIGHTS
+    check(remote.exists(path), f'init_from={stage.init_from}: {path} does not '
           'exist; train that model first or name another directory')
-    with open(path, 'rb') as file:
-      digest = 'sha256:' + hashlib.file_digest(file, 'sha256').hexdigest()
+    digest = f'sha256:{sha256(path)}'
   values = {**dataclasses.asdict(stage), 'init_from': digest}
   del values['mesh']
   return values
@@ -240,7 +239,7 @@ def _schedule(stage: Stage, config: LlavaConfig, split: Split,
   return schedule
 
 
-def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
+def run_stage(stage: Stage, workdir: remote.Path, split: Split, *,
               message: Message, tensorboard: bool = True,
               settings: dict[str, Any] | None = None,
               allow_change: bool = False,
@@ -252,7 +251,8 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
 
   Args:
     stage: what to do.
-    workdir: of this stage; workdir/model is the result.
+    workdir: of this stage, on a disk or on gs:// as remote.to_path gives it;
+      workdir/model is the result.
     split: training data.
     message: called with lines for the user.
     tensorboard: write event files.
@@ -300,7 +300,7 @@ def run_stage(stage: Stage, workdir: pathlib.Path, split: Split, *,
   return config, seconds
 
 
-def _save(result: pathlib.Path, params: dict[str, Any], config: LlavaConfig,
+def _save(result: remote.Path, params: dict[str, Any], config: LlavaConfig,
           tokenizer: Tokenizer, rows: RowSpec) -> None:
   """Writes the model; every host sees it then, as far as the disk allows.
 
@@ -322,7 +322,8 @@ def _given(init_from: str, config: LlavaConfig, message: Message) -> Given:
     return None
 
   def read(mesh: Mesh) -> dict[str, Any]:
-    params, source = load_params(init_from, mesh), load_config(init_from)
+    with remote.local_copy(init_from, (WEIGHTS, CONFIG)) as folder:
+      params, source = load_params(folder, mesh), load_config(folder)
     if source.lora not in (None, config.lora):
       message(f'LoRA adapters of {init_from} are merged into its weights')
       params, _ = merge(params, source)
@@ -330,7 +331,7 @@ def _given(init_from: str, config: LlavaConfig, message: Message) -> Given:
   return read
 
 
-def claim(workdir: pathlib.Path, settings: dict[str, Any], content: str,
+def claim(workdir: remote.Path, settings: dict[str, Any], content: str,
           allow_change: bool = False) -> list[str]:
   """Marks a directory as a run's, by its settings and what its data hold.
 
@@ -362,7 +363,7 @@ def claim(workdir: pathlib.Path, settings: dict[str, Any], content: str,
   return lines
 
 
-def _claim(workdir: pathlib.Path, settings: Callable[[], dict[str, Any]],
+def _claim(workdir: remote.Path, settings: Callable[[], dict[str, Any]],
            content: str, allow_change: bool, message: Message) -> None:
   """Marks a directory as this run's; every process must see the mark.
 

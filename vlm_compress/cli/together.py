@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,6 +9,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from vlm_compress import remote
 
 _NETWORK_DISK_SECONDS = 30  # until a file of another host is seen, at most
 Made = TypeVar('Made')
@@ -33,7 +34,7 @@ def first_alone(what: str, make: Callable[[], Made]) -> Made:
   return made
 
 
-def appears(path: pathlib.Path) -> bool:
+def appears(path: remote.Path) -> bool:
   """Whether a file is there, or comes to be seen within the time that a shared
   disk may take to show what another host has written.
   """

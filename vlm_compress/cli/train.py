@@ -37,6 +37,7 @@ from vlm_compress.config import (
   check,
 )
 from vlm_compress.data.rows import RowSpec
+from vlm_compress.remote import check_writable, is_remote, to_path
 from vlm_compress.sharding import MeshSpec
 from vlm_compress.train.recipe import Recipe
 
@@ -46,9 +47,10 @@ def parser() -> argparse.ArgumentParser:
   p = Parser(prog='vlm-compress train', description=__doc__.splitlines()[0])
   p.add_argument('--config', required=True, metavar='FILE.py[:ARG]',
                  help='config page; --config.section.field=value sets a field')
-  p.add_argument('--workdir', required=True, type=pathlib.Path,
-                 help='checkpoints, metrics and the model go here')
-  p.add_argument('--data-root', type=pathlib.Path,
+  p.add_argument('--workdir', required=True, metavar='DIR',
+                 help='checkpoints, metrics and the model go here; local, or '
+                 'gs://BUCKET/FOLDER')
+  p.add_argument('--data-root', metavar='DIR',
                  help='where data sets and features are kept (default: the '
                  'parent of --workdir)')
   p.add_argument('--allow-config-change', action='store_true',
@@ -192,12 +194,15 @@ def _run(stage: Stage, args: argparse.Namespace) -> None:
   first = jax.process_index() == 0
   console = Console(stderr=True, quiet=not first)
   say = lambda line: console.print(line, markup=False, highlight=False)
-  root = args.data_root or args.workdir.absolute().parent
+  workdir = to_path(args.workdir)
+  check_writable(workdir, '--workdir')
+  root = to_path(args.data_root) if args.data_root else (
+      workdir if is_remote(workdir) else workdir.absolute()).parent
   split = first_alone('the data are prepared', lambda: open_split(
       stage.data, stage.data.train_split, root, say, vision_of(stage)))
-  run_stage(stage, args.workdir, split, message=say,
+  run_stage(stage, workdir, split, message=say,
             tensorboard=not args.no_tensorboard,
             allow_change=args.allow_config_change,
             profile_steps=args.profile_steps)
   if first:
-    print(f'model: {args.workdir / "model"}', file=sys.stdout)
+    print(f'model: {workdir / "model"}', file=sys.stdout)

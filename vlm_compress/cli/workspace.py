@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlm_compress import remote
 from vlm_compress.config import LlavaConfig, VisionConfig, check
 from vlm_compress.config_values import from_dict
+from vlm_compress.convert.roles import ROLES
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example
 from vlm_compress.data.features import cached_features
@@ -47,7 +49,8 @@ class DataSpec:
       local or gs://, and whether to verify all of its shards at the start.
     image_size: side of the pictures for the vision tower, in pixels.
     train_split, test_split: in TFDS's notation.
-    tokenizer: path of a tokenizer.json; '' builds a word-level one.
+    tokenizer: path of a tokenizer.json, local or gs://; '' builds a word-level
+      one.
   """
   name: str = 'openmoji_grid'
   options: tuple[tuple[str, Any], ...] = ()
@@ -87,7 +90,7 @@ class Split:
   features: Any
   attribution: str
   fingerprint: str = ''
-  lengths: pathlib.Path = pathlib.Path('lengths')
+  lengths: remote.Path = pathlib.Path('lengths')
 
   def __len__(self) -> int:
     return len(self.examples)
@@ -181,7 +184,7 @@ def open_prepared(split: str, options: dict[str, Any], frozen: bool
   return source
 
 
-def open_split(spec: DataSpec, split: str, root: pathlib.Path,
+def open_split(spec: DataSpec, split: str, root: remote.Path,
                message: Message, vision: VisionConfig | None = None) -> Split:
   """Opens a split, building the data set and its features if needed.
 
@@ -189,14 +192,21 @@ def open_split(spec: DataSpec, split: str, root: pathlib.Path,
     spec: the data.
     split: in TFDS's notation.
     root: data sets go to root/data, features to root/features, lengths of
-      rows to root/lengths.
+      rows to root/lengths.  On gs:// only where lengths are all there is.
     message: called with lines for the user.
     vision: the model's tower; no features are made for one that reads pixels.
       None is a tower with frozen features.
+
+  Raises:
+    ConfigError: the data set or its features need a local root.
+    DataError: of the data.
   """
   options = dict(spec.options)
   frozen = vision is None or not reads_pixels(vision)
   lengths = root / 'lengths'
+  local = not frozen and spec.name in _OPTIONS or not remote.is_remote(root)
+  check(local, f'{root}: data sets and features are made on a local disk; name '
+        'a folder there with --data-root')
   if spec.name == 'llava_json':
     source, data = open_llava_json(split, options, message, frozen)
     attribution = ''
@@ -224,7 +234,11 @@ def tokenizer_for(spec: DataSpec, examples: Any) -> Tokenizer:
     examples: the training split; its words become the vocabulary.
   """
   if spec.tokenizer:
-    return load(spec.tokenizer)
+    path = remote.to_path(spec.tokenizer)
+    check(not remote.is_remote(path) or remote.exists(path),
+          f'data.tokenizer={path} does not exist')
+    with remote.local_copy(path.parent, (path.name, ROLES)) as folder:
+      return load(folder / path.name)
   if spec.name == 'openmoji_grid':  # the test split has no other words
     from vlm_compress.data import grids
     return word_level(grids.vocabulary())

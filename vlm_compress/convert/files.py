@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vlm_compress import atomic, sharding
+from vlm_compress import atomic, remote, sharding
 from vlm_compress.config import ConfigError, LlavaConfig, check
 from vlm_compress.config_values import from_dict, to_dict
 from vlm_compress.convert.preprocessor import PREPROCESSOR, PROCESSORS
@@ -47,7 +47,7 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
   """Writes a model directory; every file appears whole or not at all.
 
   Args:
-    directory: created if absent.
+    directory: created if absent; on a disk, or gs://.
     params: parameter tree; arrays that are spread over devices are brought
       together one at a time.  With several processes all of them call this,
       and the first one writes.
@@ -57,13 +57,13 @@ def save_model(directory: str | os.PathLike, params: dict[str, Any],
     processor: how its text and pictures are prepared; None if unknown.
     copy_from: directory whose files of other formats are copied, or None.
   """
-  directory = pathlib.Path(directory)
+  directory = remote.to_path(directory)
   flat = dict(sorted(_flat(params).items()))
   if jax.process_index() != 0:
     for x in flat.values():
       _whole(x)
     return
-  directory.mkdir(parents=True, exist_ok=True)
+  remote.mkdir(directory)
   with atomic.replace(directory / WEIGHTS) as temporary:
     writer = TensorWriter(temporary, {
         path: (x.shape, dtype or jnp.dtype(x.dtype).name)

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 
+from vlm_compress import remote
 from vlm_compress.atomic import write_text
 from vlm_compress.config import ConfigError, check
 
@@ -42,7 +43,7 @@ class Processor:
 
 def save_processor(directory: str | os.PathLike, processor: Processor) -> None:
   """Writes processor.json into a model directory, all or nothing."""
-  write_text(pathlib.Path(directory) / PROCESSOR,
+  write_text(remote.to_path(directory) / PROCESSOR,
              json.dumps(dataclasses.asdict(processor), indent=1))
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlm_compress import atomic
+from vlm_compress import atomic, remote
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.data import workers as workers_lib
 from vlm_compress.data.encode import encode, expanded_length, truncate
@@ -129,7 +129,7 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
                 config: LlavaConfig, *, frozen: bool, fingerprint: str,
                 cache_dir: str | os.PathLike[str], workers: int = 1,
                 message: Callable[[str], None] | None = None,
-                wait_for: Callable[[pathlib.Path], Any] = lambda path: None
+                wait_for: Callable[[remote.Path], Any] = lambda path: None
                 ) -> RowLengths:
   """Opens the lengths of a source's rows, measuring them if needed.
 
@@ -141,7 +141,7 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
     tokenizer, config: of the model.
     frozen: rows have frozen features and not pixels.
     fingerprint: of the source's content.
-    cache_dir: directory of the files.
+    cache_dir: directory of the files, local or gs://.
     workers: processes that measure; more than one needs a source that is
       small to send, such as PreparedSource.
     message: called with lines for the user; None prints them to stderr.
@@ -156,7 +156,7 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
   ruler, count = _Ruler(spec, tokenizer, config, frozen), len(source)
   key = json.dumps(ruler.key(fingerprint, count), sort_keys=True)
   digest = hashlib.sha256(key.encode()).hexdigest()
-  path = pathlib.Path(cache_dir) / f'lengths-{digest[:16]}.npy'
+  path = remote.to_path(cache_dir) / f'lengths-{digest[:16]}.npy'
   wait_for(path)
   table = _read(path, count, message)
   if table is None:
@@ -172,12 +172,12 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
   return RowLengths(table[:, 0], table[:, 1])
 
 
-def _read(path: pathlib.Path, count: int, message) -> np.ndarray | None:
+def _read(path: remote.Path, count: int, message) -> np.ndarray | None:
   """The table of a file, None if it has to be made."""
   if not path.exists():
     return None
   try:
-    table = np.load(path, allow_pickle=False)
+    table = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     if table.shape == (count, 2) and table.dtype == np.int32:
       return table
     reason = 'its shape is wrong'
@@ -187,10 +187,10 @@ def _read(path: pathlib.Path, count: int, message) -> np.ndarray | None:
   return None
 
 
-def _write(path: pathlib.Path, table: np.ndarray) -> None:
+def _write(path: remote.Path, table: np.ndarray) -> None:
   failure = ''
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    remote.mkdir(path.parent)
     with atomic.replace(path) as temporary, open(temporary, 'wb') as stream:
       np.save(stream, table, allow_pickle=False)
   except OSError as e:

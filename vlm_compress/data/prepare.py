@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
-from vlm_compress import atomic
+from vlm_compress import atomic, remote
 from vlm_compress.config import check
 from vlm_compress.data import images, manifest, record_format, workers
 from vlm_compress.data.errors import DataError
@@ -52,7 +52,8 @@ class Preparation:
   Attributes:
     json_file: in LLaVA's format.
     image_folder: what its image paths are relative to.
-    out: directory of the data set, on a local disk.
+    out: directory of the data set, on a disk, or on gs:// as remote.to_path
+      gives it; every worker then has a shard in TMPDIR before it is put there.
     name: of the data set for TFDS; '' makes one of the name of json_file.
     workers: processes that write shards.
     shard_mb: size of a shard to aim at, in MB (10**6 bytes).
@@ -60,7 +61,7 @@ class Preparation:
   """
   json_file: pathlib.Path
   image_folder: pathlib.Path
-  out: pathlib.Path
+  out: remote.Path
   name: str = ''
   workers: int = 1
   shard_mb: float = 256.0
@@ -101,19 +102,18 @@ def prepare(what: Preparation) -> Prepared:
   rows = read_rows(os.fspath(what.json_file))
   if not rows:
     raise DataError(f'{what.json_file} has no rows')
-  check(re.match(r'\w+:/', str(what.out)) is None,  # Path makes gs:/ of gs://
-        f'--out={what.out}: array_record writes to local disks only; prepare '
-        'the data there and copy the directory')
-  what.out.mkdir(parents=True, exist_ok=True)
-  others = sorted(p.name for p in what.out.iterdir()
+  remote.check_writable(remote.to_path(what.out), '--out')
+  remote.mkdir(what.out)
+  others = sorted(p.name for p in _entries(what.out)
                   if not p.name.startswith(('.lock', f'.{PLAN}.')))
   if others and PLAN not in others:
     raise DataError(f'{what.out} is not empty (it holds {others[0]}) and is no '
                     'data set of prepare-data; choose another --out')
   with _locked(what.out):
     plan = _claim(what, name, rows)
-    for stale in what.out.rglob('.*.tmp'):  # of a process that was killed
-      stale.unlink()
+    if not remote.is_remote(what.out):
+      for stale in what.out.rglob('.*.tmp'):  # of a process that was killed
+        stale.unlink()
     done = _write_shards(what, plan, rows)
     broken = sorted((b for d in done for b in d.broken), key=lambda b: b['row'])
     _report(what, broken, len(rows))
@@ -130,9 +130,21 @@ def _name_of(json_file: pathlib.Path) -> str:
   return name if name[:1].isalpha() else f'data_{name}'
 
 
+def _entries(out: remote.Path) -> list[remote.Path]:
+  """What is in a directory; one of a bucket is there when something is in it."""
+  return [*out.iterdir()] if remote.exists(out) else []
+
+
 @contextlib.contextmanager
-def _locked(out: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes out; a killed one leaves no lock behind."""
+def _locked(out: remote.Path) -> Iterator[None]:
+  """Keeps other processes out; a killed one leaves no lock behind.
+
+  Buckets have no such locks.  Two processes there do the same work twice, and
+  put the same bytes under the same names.
+  """
+  if remote.is_remote(out):
+    yield
+    return
   with open(out / '.lock', 'w') as stream:
     try:
       fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,12 +233,12 @@ def _file_name(plan: dict[str, Any], k: int) -> str:
           f'{plan["shards"]:05d}')
 
 
-def _cannot_write(out: pathlib.Path, reason: str) -> str:
+def _cannot_write(out: remote.Path, reason: str) -> str:
   return (f'{out} cannot be written ({reason}); free space there or choose '
           'another --out, and run the command again: complete shards are kept')
 
 
-def _saved(out: pathlib.Path, write: Callable[[], Any]) -> None:
+def _saved(out: remote.Path, write: Callable[[], Any]) -> None:
   """Calls `write`; an OSError becomes one line."""
   failure = ''
   try:
@@ -276,7 +288,7 @@ def _manifest(what: Preparation, plan: dict[str, Any],
           'counts': {**counts, 'broken': num_broken}, 'shards': shards}
 
 
-def _write_metadata(out: pathlib.Path, found: dict[str, Any]) -> None:
+def _write_metadata(out: remote.Path, found: dict[str, Any]) -> None:
   """Writes what TFDS reads, each file whole, dataset_info.json last."""
   import tensorflow_datasets as tfds
   template = tfds.core.ShardedFileTemplate(

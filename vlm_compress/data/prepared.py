@@ -1,12 +1,10 @@
 """Random access to a data set that `vlm-compress prepare-data` wrote.
 
-Where it may lie: manifest and TFDS's metadata are read through etils.epath,
-that is from local disks and from gs://, the latter with what etils asks for
-(tensorflow with its Google Cloud file system, or fsspec with gcsfs).  Records
-are read by array_record itself: version 0.8.6 has a reader of its own for
-gs:// beside the one for files.  It read such shards from a local imitation of
-the service; on a real bucket we have not tried it.  Where many small reads
-are slow, mount the bucket (gcsfuse) or copy the directory to a local disk.
+Where it may lie: on a local disk, or on gs:// (see remote.py).  Records are
+read by array_record itself: version 0.8.6 has a reader of its own for gs://
+beside the one for files.  It reads such shards from a local imitation of the
+service; on a real bucket we have not tried it.  Where many small reads are
+slow, mount the bucket (gcsfuse) or copy the directory to a local disk.
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ import os
 import re
 from typing import Any, SupportsIndex
 
-from etils import epath
-
+from vlm_compress import remote
 from vlm_compress.config import ConfigError, check
 from vlm_compress.data import manifest
 from vlm_compress.data.errors import DataError
@@ -53,7 +50,7 @@ class PreparedSource:
       DataError: it is not finished, or files are not what the manifest says.
       ConfigError: no such split.
     """
-    self.directory = os.fspath(epath.Path(os.path.expanduser(directory)))
+    self.directory = os.fspath(remote.to_path(os.path.expanduser(directory)))
     self.name = f'{self.directory}/{split}'
     found = manifest.read(self.directory)
     manifest.check_shards(self.directory, found, full=verify)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from vlm_compress import atomic
+from vlm_compress import atomic, remote
 from vlm_compress.data import images, manifest
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.llava_json import LlavaRow, check_row
@@ -31,7 +30,7 @@ class Job:
   """One shard to be.
 
   Attributes:
-    directory: of the data set.
+    directory: of the data set, local or gs://.
     file: name of the shard.
     about: path of the JSON file about it, relative to the directory.
     image_folder: what image paths are relative to.
@@ -73,12 +72,13 @@ def write_shard(job: Job) -> Done:
   found = _found(job)
   if found is not None:
     return Done(job.first_row, len(job.rows), found, found['broken'])
-  path = pathlib.Path(job.directory, job.file)
-  about = pathlib.Path(job.directory, job.about)
+  directory = remote.to_path(job.directory)
+  path, about = directory / job.file, directory / job.about
   broken: list[dict[str, Any]] = []
   shard, failure = None, ''
   try:
-    about.unlink(missing_ok=True)  # says nothing about what comes
+    with remote.reported(about, 'deleted'):
+      about.unlink(missing_ok=True)  # says nothing about what comes
     with atomic.replace(path) as temporary:
       counts = _fill(temporary, job, broken)
       if broken and not job.skip_broken:
@@ -105,18 +105,23 @@ class _Unwanted(Exception):
 def _found(job: Job) -> dict[str, Any] | None:
   """What the file about a shard says, if the shard is as it says."""
   try:
-    shard = json.loads(pathlib.Path(job.directory, job.about).read_text())
+    directory = remote.to_path(job.directory)
+    with remote.reported(directory, 'read'):
+      shard = json.loads((directory / job.about).read_text())
     same = (shard['file'], shard['first_row'], shard['rows']) == (
         job.file, job.first_row, len(job.rows))
     if not same or shard['broken'] and not job.skip_broken:
       return None
-    path = pathlib.Path(job.directory, job.file)
-    return None if manifest.what_is_wrong(path, shard, full=True) else shard
+    # An object is there whole or not at all, and the service keeps its sum.
+    with remote.reported(directory, 'read'):
+      wrong = manifest.what_is_wrong(directory / job.file, shard,
+                                     full=not remote.is_remote(directory))
+    return None if wrong else shard
   except (OSError, ValueError, KeyError, TypeError):  # torn or of other make
     return None
 
 
-def _fill(path: pathlib.Path, job: Job, broken: list[dict[str, Any]]
+def _fill(path: remote.Path, job: Job, broken: list[dict[str, Any]]
           ) -> dict[str, int]:
   """Writes the records; appends to `broken`; counts what is written.
 

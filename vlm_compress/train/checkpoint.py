@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from vlm_compress import remote
 from vlm_compress.atomic import write_text
 from vlm_compress.config import ConfigError, check
 
@@ -25,7 +25,7 @@ _MAY_PASS = re.compile(r'\b(UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|'
                        r'PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|CANCELLED)\b')
 
 
-def claim_workdir(workdir: pathlib.Path, config: dict[str, Any],
+def claim_workdir(workdir: remote.Path, config: dict[str, Any],
                   allow_change: bool = False) -> list[str]:
   """Marks a directory as this configuration's, or checks that it is.
 
@@ -64,7 +64,7 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any],
   return changed
 
 
-def _is_untouched(workdir: pathlib.Path) -> bool:
+def _is_untouched(workdir: remote.Path) -> bool:
   """Nothing but data, logs and an empty store of checkpoints is there."""
   entries = {p.name for p in workdir.iterdir()} - {
       'config.json', 'seconds.txt', 'metrics.jsonl', 'throughput.jsonl',
@@ -94,7 +94,7 @@ class CheckpointStore:
   Every process of a run makes one and calls the same functions.
   """
 
-  def __init__(self, directory: pathlib.Path, keep: int = 2,
+  def __init__(self, directory: remote.Path, keep: int = 2,
                keep_best: int = 0):
     """Opens or creates the directory.
 
@@ -105,7 +105,8 @@ class CheckpointStore:
     """
     loss = lambda metrics: -metrics['loss']
     policies = ocp.checkpoint_managers
-    self._directory = directory.absolute()
+    self._directory = (directory if remote.is_remote(directory)
+                       else directory.absolute())
     with self._readable('opened'):
       self._manager = ocp.CheckpointManager(
           self._directory, options=ocp.CheckpointManagerOptions(
@@ -218,16 +219,16 @@ class CheckpointStore:
             '--workdir')
 
   @property
-  def _aside(self) -> pathlib.Path:
+  def _aside(self) -> remote.Path:
     return self._directory.with_name('damaged_checkpoints')
 
   def _put_aside(self, step: int) -> None:
     if jax.process_index() == 0:
-      self._aside.mkdir(exist_ok=True)
+      remote.mkdir(self._aside)
       target = self._aside / str(step)
       while target.exists():
         target = target.with_name(f'{target.name}_')
-      (self._directory / str(step)).rename(target)
+      remote.move(self._directory / str(step), target)
     multihost_utils.sync_global_devices(f'put aside {step}')
     self._manager.reload()
 

@@ -6,7 +6,6 @@ Every process of a run calls `fit` with the same arguments and its own rows.
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_compress import sharding
+from vlm_compress import remote, sharding
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.models.llava import Llava
 from vlm_compress.train.checkpoint import CheckpointStore
-from vlm_compress.train.metrics import MetricLog, Profile
+from vlm_compress.train.metrics import GROWING, MetricLog, Profile
+from vlm_compress.train.outbox import Outbox
 from vlm_compress.train.preemption import Notice, Preempted
 from vlm_compress.train.recipe import Recipe
 from vlm_compress.train.shapes import reads_pixels
@@ -108,7 +108,7 @@ def first_state(model: Llava, recipe: Recipe, mesh: Mesh,
   return state
 
 
-def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
+def fit(model: Llava, recipe: Recipe, batches: Any, workdir: remote.Path, *,
         params: Given = None, mesh: Mesh | None = None,
         tensorboard: bool = True, message: Message | None = None,
         stop_after: int | None = None, with_vision: bool = False,
@@ -120,7 +120,8 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
     recipe: steps, optimiser, what learns.
     batches: iterator with get_state and set_state (a grain iterator), over
       this process's part of each batch, see `data_share`.
-    workdir: checkpoints and metrics go here.
+    workdir: checkpoints and metrics go here; on a disk, or on gs:// as
+      remote.to_path gives it.
     params: to start from; fresh where None or missing.  A tree stays the
       caller's; a function is called only if there is no checkpoint.
     mesh: devices; all of them along `data` by default.
@@ -150,12 +151,14 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
     first = int(state.step)
     last = recipe.steps if stop_after is None else min(recipe.steps, stop_after)
     say(f'{summary(state)} (parameters.txt)')
-    log = MetricLog(workdir, first, recipe, model.config, state, mesh, tensorboard)
+    outbox = stack.enter_context(_outbox(workdir))
+    log = MetricLog(outbox.directory, first, recipe, model.config, state, mesh,
+                    tensorboard)
     stack.callback(log.close)
     run = _stepper(model, recipe, mesh, params, with_vision)
-    tools = _Tools(store, log, stack.enter_context(Watch(workdir, recipe)),
+    tools = _Tools(store, log, outbox, stack.enter_context(Watch(workdir, recipe)),
                    stack.enter_context(Notice(jax.process_count() == 1)))
-    trace = Profile(workdir, profile_steps)
+    trace = Profile(outbox.directory, profile_steps)
     stack.callback(trace.close)
     for step in range(first + 1, last + 1):
       trace.step(step)
@@ -163,10 +166,16 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: pathlib.Path, *,
   return state.params
 
 
+def _outbox(workdir: remote.Path) -> Outbox:
+  """Of the files that grow; the first process goes on with those of before."""
+  return Outbox(workdir, GROWING if jax.process_index() == 0 else ())
+
+
 class _Tools(NamedTuple):
   """What looks at every step."""
   store: CheckpointStore
   log: MetricLog
+  outbox: Outbox
   watch: Watch
   notice: Notice
 
@@ -185,6 +194,9 @@ def _step(run: Callable, state: TrainState, batches: Any, step: int, last: int,
     metrics = tools.watch.checked(metrics)
   if logs:
     tools.log.write(step, metrics)
+  if saves or tools.outbox.is_due():
+    tools.log.flush()
+    tools.outbox.send()
   if saves:
     tools.store.save(step, state, batches.get_state(), metrics['loss'])
   if stops and step < last:

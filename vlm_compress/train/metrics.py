@@ -30,6 +30,7 @@ from vlm_compress.train.recipe import Recipe
 from vlm_compress.train.state import TrainState
 from vlm_compress.train.throughput import Throughput
 
+GROWING = ('metrics.jsonl', 'throughput.jsonl')
 _NOTED = ('loss', 'loss_text', 'layer_average_tokens', 'mfu')
 
 
@@ -62,7 +63,7 @@ class MetricLog:
   def __init__(self, workdir: pathlib.Path, first_step: int, recipe: Recipe,
                config: LlavaConfig, state: TrainState, mesh: Mesh,
                tensorboard: bool = True):
-    self._path, self._rates = workdir / 'metrics.jsonl', workdir / 'throughput.jsonl'
+    self._path, self._rates = (workdir / name for name in GROWING)
     self._recipe, self._writes = recipe, jax.process_index() == 0
     self._throughput = Throughput(config, recipe, state, mesh)
     self._writer = None
@@ -119,11 +120,16 @@ class MetricLog:
       print(f'{self._recipe.stage} {step}/{steps} {note}', file=sys.stderr,
             flush=True)
 
+  def flush(self) -> None:
+    """Writes out what TensorBoard's writer holds back."""
+    if self._writer is not None:
+      self._writer.flush()
+
   def close(self) -> None:
     """Flushes everything."""
     self._progress.stop()
+    self.flush()
     if self._writer is not None:
-      self._writer.flush()
       self._writer.close()
 
 

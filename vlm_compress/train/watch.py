@@ -11,12 +11,12 @@ from __future__ import annotations
 import collections
 import json
 import math
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
+from vlm_compress import remote
 from vlm_compress.atomic import write_text
 from vlm_compress.config import ConfigError
 from vlm_compress.models.sequence import Batch
@@ -30,7 +30,7 @@ _FEWEST = 10
 class Watch:
   """Looks at every step; entered, so that the last one is seen, too."""
 
-  def __init__(self, workdir: pathlib.Path, recipe: Recipe):
+  def __init__(self, workdir: remote.Path, recipe: Recipe):
     part = f'_{jax.process_index()}' if jax.process_count() > 1 else ''
     self._path = workdir / f'bad_batch{part}.json'
     self._factor = recipe.spike_factor
