@@ -26,8 +26,9 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Level of a path below vlm_compress/; the longest prefix counts.
 LEVELS = {
-    '__init__.py': 0, 'config.py': 0, 'config_values.py': 0, 'presets.py': 0,
-    'sharding.py': 0, 'atomic.py': 0, 'remote.py': 0, 'resident.py': 0,
+    '__init__.py': 0, 'config.py': 0, 'config_atp.py': 0, 'config_checks.py': 0,
+    'config_values.py': 0, 'presets.py': 0, 'sharding.py': 0, 'atomic.py': 0,
+    'remote.py': 0, 'resident.py': 0,
     'nn/': 1,
     'compress/': 2,
     'models/': 3,

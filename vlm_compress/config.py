@@ -9,45 +9,23 @@ and not inside a compiled program.
 from __future__ import annotations
 
 import dataclasses
-import numbers
-from typing import Any
+import math
+
+from vlm_compress.config_atp import AtpConfig as AtpConfig
+from vlm_compress.config_checks import ConfigError as ConfigError
+from vlm_compress.config_checks import check as check
+from vlm_compress.config_checks import check_positive
+from vlm_compress.config_checks import check_whole as check_whole
 
 VISION_TYPES = ('clip_vision_model', 'efficientnet_lite0')
-RESAMPLERS = ('none', 'avg_pool', 'avg_pool_linear', 'qformer')
-SELECTORS = ('adaptive', 'fixed', 'random', 'uniform')
-SCORE_NORMS = ('relative', 'minmax', 'rank')
-SCORES = ('both', 'self', 'cross')
-CROSS_QUERIES = ('all', 'last')
-CRITERIA = ('both', 'redundant', 'spatial')
+RESAMPLERS = ('none', 'avg_pool', 'avg_pool_linear', 'qformer', 'downsample',
+              'visionzip')
 IMPLEMENTATIONS = ('auto', 'dense', 'jax', 'splash')  # of attention
 DTYPES = ('float32', 'bfloat16')
 PARAM_DTYPES = (*DTYPES, 'float16')
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
                'down_proj')  # of a decoder layer
 REMAT_POLICIES = ('nothing_saveable', 'dots_saveable', 'dots_with_no_batch_dims_saveable')
-
-
-class ConfigError(ValueError):
-  """A configuration that cannot work; the message names field and remedy."""
-
-
-def check(condition: bool, message: str) -> None:
-  """Raises ConfigError(message) unless the condition holds."""
-  if not condition:
-    raise ConfigError(message)
-
-
-def check_whole(name: str, value: Any, least: float = float('-inf')) -> None:
-  """Raises ConfigError unless it is a whole number, and not below `least`."""
-  check(isinstance(value, numbers.Integral) and not isinstance(value, bool),
-        f'{name}={value!r}: must be a number without fraction')
-  check(value >= least, f'{name}={value}: at least {least}')
-
-
-def _positive(section: str, config: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    check(value > 0, f'{section}.{name}={value}: must be positive')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +55,7 @@ class VisionConfig:
     check(self.model_type in VISION_TYPES,
           f'vision.model_type={self.model_type!r} is unknown; '
           f'use one of {VISION_TYPES}')
-    _positive('vision', self, 'image_size', 'patch_size', 'hidden_size',
+    check_positive('vision', self, 'image_size', 'patch_size', 'hidden_size',
               'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
     check(self.image_size % self.patch_size == 0,
           f'vision.image_size={self.image_size} is no multiple of '
@@ -125,7 +103,7 @@ class TextConfig:
   initializer_range: float = 0.02
 
   def __post_init__(self):
-    _positive('text', self, 'vocab_size', 'hidden_size', 'intermediate_size',
+    check_positive('text', self, 'vocab_size', 'hidden_size', 'intermediate_size',
               'num_hidden_layers', 'num_attention_heads',
               'num_key_value_heads', 'rope_theta', 'max_position_embeddings')
     derived, rest = divmod(self.hidden_size, self.num_attention_heads)
@@ -173,92 +151,6 @@ class VocoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AtpConfig:
-  """ATP-LLaVA (arXiv 2412.00447): modules between decoder layers.
-
-  Attributes:
-    prune_after: a module sits after each of these layers (1 = the first; 0,
-      before all layers, only for selectors that do not look at attention).
-    selector: 'adaptive' is ATP; 'fixed' keeps `fixed_counts` tokens by
-      redundancy score; 'random' and 'uniform' keep as many without looking.
-    fixed_counts: tokens kept by each module, for all selectors but adaptive.
-    scores: which importance scores make the redundancy score.
-    score_norm: how raw scores are brought to (0, 1).
-    cross_queries: whose attention makes the cross score: 'all' prompt text
-      behind the image, or its 'last' token, which has read the whole question
-      (ours, as FastV and PyramidDrop look).
-    criteria: 'both', or only 'redundant' or 'spatial' pruning (ablations).
-    sap_strides: strides of the nested uniform grids, coarse ones last;
-      () takes the chain of divisors 1 | 2 | 4 ... or 1 | 3 | 6 ... that fits.
-    sap_lambda: lambda of the spatial score 1 - lambda R_g.
-    threshold_hidden_size: width of the shared Linear of a module.
-    init_theta_r, init_theta_s: thresholds at the start of training.
-    straight_through: hard mask forward, soft gradient.
-    target_tokens: N_target, layer-average visual tokens per image.
-    lambda_atp, lambda_target: weights of the two budget terms.
-    temperature_start, temperature_end: tau, annealed geometrically.
-    threshold_shift: added to the logit of both thresholds at inference.
-    capacities: visual tokens per image that segments are compiled for; () for
-      the default of models.segments.capacity_ladder.
-  """
-  prune_after: tuple[int, ...] = (4, 14, 24)
-  selector: str = 'adaptive'
-  fixed_counts: tuple[int, ...] = ()
-  scores: str = 'both'
-  score_norm: str = 'relative'
-  cross_queries: str = 'all'
-  criteria: str = 'both'
-  sap_strides: tuple[int, ...] = ()
-  sap_lambda: float = 3.0
-  threshold_hidden_size: int = 128
-  init_theta_r: float = 0.1
-  init_theta_s: float = 0.9
-  straight_through: bool = False
-  target_tokens: float = 144.0
-  lambda_atp: float = 0.02
-  lambda_target: float = 0.2
-  temperature_start: float = 10.0
-  temperature_end: float = 100.0
-  threshold_shift: float = 0.0
-  capacities: tuple[int, ...] = ()
-
-  def __post_init__(self):
-    check(all(a < b for a, b in zip((0, *self.capacities), self.capacities)),
-          f'atp.capacities={self.capacities}: increasing, at least 1')
-    first = 0 if self.selector in ('random', 'uniform') else 1
-    check(len(self.prune_after) > 0 and self.prune_after[0] >= first and
-          all(a < b for a, b in zip(self.prune_after, self.prune_after[1:])),
-          f'atp.prune_after={self.prune_after}: increasing layer numbers, '
-          f'the first at least {first}')
-    for name, value, allowed in (
-        ('selector', self.selector, SELECTORS), ('scores', self.scores, SCORES),
-        ('score_norm', self.score_norm, SCORE_NORMS),
-        ('cross_queries', self.cross_queries, CROSS_QUERIES),
-        ('criteria', self.criteria, CRITERIA)):
-      check(value in allowed, f'atp.{name}={value!r}: use one of {allowed}')
-    if self.selector == 'adaptive':
-      check(not self.fixed_counts,
-            'atp.fixed_counts has no meaning for atp.selector="adaptive"')
-    else:
-      check(len(self.fixed_counts) == len(self.prune_after) and
-            all(c >= 1 for c in self.fixed_counts),
-            f'atp.selector={self.selector!r} needs atp.fixed_counts, one '
-            f'positive count for each of prune_after={self.prune_after}')
-      check(all(a >= b for a, b in zip(self.fixed_counts,
-                                       self.fixed_counts[1:])),
-            f'atp.fixed_counts={self.fixed_counts} must not increase: a token '
-            'that is gone does not come back')
-    for name in ('init_theta_r', 'init_theta_s'):
-      value = getattr(self, name)
-      check(0.0 < value < 1.0, f'atp.{name}={value}: strictly between 0 and 1')
-    _positive('atp', self, 'threshold_hidden_size', 'target_tokens')
-    for name in ('lambda_atp', 'lambda_target'):
-      check(getattr(self, name) >= 0.0, f'atp.{name}: not negative')
-    check(0.0 < self.temperature_start <= self.temperature_end,
-          'atp.temperature_start: positive, and at most temperature_end')
-
-
-@dataclasses.dataclass(frozen=True)
 class LoraConfig:
   """Low-rank adapters on projections of the decoder (arXiv 2106.09685).
 
@@ -275,7 +167,7 @@ class LoraConfig:
   targets: tuple[str, ...] = PROJECTIONS
 
   def __post_init__(self):
-    _positive('lora', self, 'rank', 'alpha')
+    check_positive('lora', self, 'rank', 'alpha')
     unknown = [name for name in self.targets if name not in PROJECTIONS]
     check(len(self.targets) > 0 and not unknown, f'lora.targets={self.targets}: '
           f'one or more of {PROJECTIONS}')
@@ -298,8 +190,9 @@ class LlavaConfig:
     image_token_index, voco_token_index: placeholder ids in token ids.
     voco, atp: the compression method, or None.
     lora: adapters of the decoder, or None; beside any method.
-    resampler: baselines that shorten the visual sequence before the decoder:
-      'avg_pool', 'avg_pool_linear' or 'qformer', to num_query_tokens.
+    resampler: baselines that shorten the visual sequence before the decoder,
+      to num_query_tokens: 'avg_pool', 'avg_pool_linear' or 'qformer' behind
+      the tower; 'downsample' in front of it; 'visionzip' at its end.
     num_query_tokens: visual tokens after the resampler; 0 without one.
     dtype: of activations; param_dtype: of parameters as stored.
     remat: recompute each decoder layer in the backward pass, but for what
@@ -332,6 +225,8 @@ class LlavaConfig:
     check((self.num_query_tokens > 0) if self.resampler != 'none' else
           (self.num_query_tokens == 0),
           'num_query_tokens must be positive with a resampler and 0 without')
+    if self.resampler in ('downsample', 'visionzip'):
+      _check_short_tower(self)
     check(self.voco is None or self.atp is None,
           'voco and atp are both set: a model has one compression method')
     check(self.resampler == 'none' or self.atp is None,
@@ -358,6 +253,8 @@ class LlavaConfig:
   @property
   def num_patches(self) -> int:
     """Visual tokens that leave the vision tower for one image."""
+    if self.resampler in ('downsample', 'visionzip'):
+      return self.num_query_tokens
     extra = int(self.vision_feature_select_strategy == 'full')
     return self.vision.grid_size ** 2 + extra
 
@@ -365,6 +262,22 @@ class LlavaConfig:
   def num_visual_tokens(self) -> int:
     """P: visual tokens of one image that enter the decoder."""
     return self.num_query_tokens or self.num_patches
+
+
+def _check_short_tower(config: LlavaConfig) -> None:
+  """Raises ConfigError where a tower cannot give so few visual tokens."""
+  count, side = config.num_query_tokens, config.vision.grid_size
+  check(count <= side ** 2, f'num_query_tokens={count} exceed the {side ** 2} '
+        'patches of a picture')
+  if config.resampler == 'downsample':
+    check(math.isqrt(count) ** 2 == count, f'num_query_tokens={count}: a smaller '
+          'picture has a square grid of patches; use 1, 4, 9, 16, ...')
+  else:
+    check(config.vision.model_type == 'clip_vision_model', 'resampler="visionzip"'
+          ' ranks by the attention of a class token: vision.model_type='
+          f'{config.vision.model_type!r} has none; use a CLIP tower')
+    check(count >= 2, f'num_query_tokens={count}: VisionZip keeps the class token '
+          'and at least one patch; use 2 or more')
 
 
 def token_floor(config: LlavaConfig) -> float:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_compress.compress.baselines.downsample import reduced_pixels, reduced_size
 from vlm_compress.config import LlavaConfig, check, check_whole
 from vlm_compress.convert.processor import PROCESSOR, Processor
 from vlm_compress.data import images as images_lib
@@ -139,7 +140,8 @@ class Vlm:
   def _encode(self, pixels: np.ndarray) -> np.ndarray:
     if self.config.vision.model_type == 'efficientnet_lite0':
       from vlm_compress.models.efficientnet import extract_features
-      return np.asarray(extract_features(self._efficientnet, pixels[None])[0])
+      pixels = reduced_pixels(pixels[None], reduced_size(self.config))
+      return np.asarray(extract_features(self._efficientnet, pixels)[0])
     check('vision_tower' in self.params, f'{self.directory or "the model"} has '
           'no weights of its CLIP tower: convert a checkpoint that has, and '
           'train from there')

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.special import erf, expit
 
-from vlm_compress.compress import atp
+from vlm_compress.compress import atp, selection
 from vlm_compress.compress.spatial import spatial_scores, uniform_order
 from vlm_compress.config import AtpConfig
 from vlm_compress.nn.attention import attention_probs
@@ -76,7 +76,7 @@ def _prune(inputs, seed=0):
   return jax.device_get(_run(q, k, mask, inputs))
 
 
-_order = jax.jit(atp.selection_order, static_argnums=(0, 1, 2))
+_order = jax.jit(selection.selection_order, static_argnums=(0, 1, 2))
 
 
 def _fixed(selector, counts=(9, 4), **fields):

@@ -121,7 +121,8 @@ def default_shift(config):
   _, params = helpers.build(ATP)
   batch = helpers.batch([Sample((BOS, IMAGE, 6))], config, length=20,
                         num_images=1)
-  return float(model.apply({'params': params}, batch, PruneOptions(),
+  x = model.apply({'params': params}, batch, method='embed')
+  return float(model.apply({'params': params}, batch, PruneOptions(), x,
                            method='prune_inputs').threshold_shift)
 
 
@@ -214,6 +215,7 @@ VOCO_MODEL = helpers.voco_config(2)
 ATP = helpers.atp_config()
 LORA = helpers.tiny(lora=LoraConfig(rank=2, alpha=4.0))
 FIXED = helpers.atp_config(selector='uniform', fixed_counts=(8, 4, 2))
+BY_RANK = helpers.atp_config(selector='sparsevlm')
 POOLED = helpers.tiny(resampler='avg_pool', num_query_tokens=4)
 CLIP_128 = helpers.tiny(vision=VisionConfig(image_size=128, patch_size=16, hidden_size=112))
 
@@ -253,6 +255,7 @@ PROBES = {
         'prune_after': (ATP, (1, 3), shapes),
         'selector': (FIXED, 'fixed', logits),
         'fixed_counts': (FIXED, (8, 4, 1), logits),
+        'rank_scale': (BY_RANK, 0.4, logits),
         'scores': (ATP, 'self', logits),
         'score_norm': (ATP, 'rank', logits),
         'cross_queries': (ATP, 'last', logits),

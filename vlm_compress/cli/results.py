@@ -144,10 +144,14 @@ def label(model: LlavaConfig) -> str:
   """What a model without VoCo tokens is called in a report."""
   if model.atp is not None:
     return {'random': 'random', 'uniform': 'uniform grid',
-            'fixed': 'ATP scores, fixed count',
-            'adaptive': 'ATP'}[model.atp.selector]
+            'fixed': 'ATP scores, fixed count', 'adaptive': 'ATP',
+            'fastv': 'FastV', 'pyramiddrop': 'PyramidDrop',
+            'sparsevlm': 'SparseVLM', 'divprune': 'DivPrune',
+            'cdpruner': 'CDPruner'}[model.atp.selector]
   return {'none': 'full', 'avg_pool': 'average pooling', 'qformer': 'Q-Former',
-          'avg_pool_linear': 'average pooling + linear'}[model.resampler]
+          'avg_pool_linear': 'average pooling + linear',
+          'downsample': 'image downsampling',
+          'visionzip': 'VisionZip'}[model.resampler]
 
 
 def difference(row: dict[str, Any], other: dict[str, Any],

@@ -255,8 +255,8 @@ def _segments(config: LlavaConfig, mesh: Mesh, which: str, num_rows: int,
   rungs = [config.num_visual_tokens, next(
       c for c in seg.capacity_ladder(config) if c >= wanted)]
   for index, ((first, last), rung) in enumerate(zip(bounds, rungs)):
-    slots, own = rung + text, layers[first:last]
-    is_last = last == config.text.num_hidden_layers
+    slots, is_last = rung + text, last == config.text.num_hidden_layers
+    own = layers[first:last + seg.num_ahead(config, is_last)]
     cut = on_all(jax.eval_shape(
         functools.partial(seg.cut, num_slots=slots), tokens))
     run = functools.partial(seg.run_segment, config, index, prompt.room, is_last)

@@ -5,7 +5,8 @@ visual tokens stay: a token stays if its redundancy score or its spatial score
 exceeds a learned, instance-wise threshold (Eqs. 5-11).  Masks multiply across
 modules.  While training the mask is soft and enters the softmax; at inference
 it is hard.  The same code also runs the selectors that keep a fixed number of
-tokens (by score, at random, on a uniform grid), which are the floors.
+tokens: the floors (by score, at random, on a uniform grid) and the peers that
+rank tokens; see `compress/selection.py` for what else these need.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vlm_compress.compress.baselines.fastv import last_token_attention
 from vlm_compress.compress.importance import normalise, received_attention
-from vlm_compress.compress.spatial import spatial_scores, uniform_order
+from vlm_compress.compress.spatial import spatial_scores
 from vlm_compress.config import AtpConfig
+from vlm_compress.config_atp import ORDERED
 from vlm_compress.nn.masks import Causal
 
 # A key whose soft mask is below this is not attended to at all.  With a bias of
@@ -40,8 +43,9 @@ class PruneInputs:
     image_valid: bool[B, I].
     visual_slots: int32[B, T], inverse of visual_index, -1 for other tokens.
     image_ids: int32[B, T], >= 1 for visual tokens.
-    prompt_weight: float32[B, T], 1 for queries of the cross score.
-    order: int32[B, I, P], ranks for the selectors random and uniform.
+    prompt_weight: float32[B, T], 1 for queries of the cross score, of
+      SparseVLM's raters, or prompt text whose last token FastV asks.
+    order: int32[B, I, P], ranks for the selectors of ORDERED.
     temperature: float32[], tau of the soft masks.
     threshold_shift: float32[], added to the logits of both thresholds.
     hard: masks are 0 or 1.
@@ -60,6 +64,11 @@ class PruneInputs:
   grid_size: int = flax.struct.field(pytree_node=False)
 
   @property
+  def looks_ahead(self) -> bool:
+    """Modules use queries and keys of the layer behind them."""
+    return self.config.selector == 'pyramiddrop'
+
+  @property
   def straight_through(self) -> bool:
     """Masks are hard forward and soft backward."""
     return (self.config.straight_through and not self.hard
@@ -74,7 +83,8 @@ class PruneState:
     keep: float32[B, I, P], product of the masks of the modules passed.
     module_keep: float32[L, B, I, P], `keep` after each module.
     thresholds: float32[L, B, I, 2], theta_r and theta_s.
-    redundancy: float32[L, B, I, P], redundancy scores S_r.
+    redundancy: float32[L, B, I, P], redundancy scores S_r, or what a peer ranks
+      by.
   """
   keep: jax.Array
   module_keep: jax.Array
@@ -251,6 +261,13 @@ def straight_through_keep(keep: jax.Array, inputs: PruneInputs) -> jax.Array:
   return jnp.where(jnp.eye(keys.shape[-1], dtype=bool), 1.0, keys)
 
 
+def on_canvas(x: jax.Array, inputs: PruneInputs) -> jax.Array:
+  """What stands where the visual tokens do, [B, T, ...] -> [B, I, P, ...]."""
+  index = inputs.visual_index
+  flat = index.reshape(index.shape[0], -1, *[1] * (x.ndim - 2))
+  return jnp.take_along_axis(x, flat, axis=1).reshape(*index.shape, *x.shape[2:])
+
+
 def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
           lse: jax.Array | None, mask: jax.Array | Causal,
           bias: jax.Array | None, inputs: PruneInputs) -> PruneState:
@@ -269,17 +286,17 @@ def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
   """
   config, keep = inputs.config, state.keep
   is_visual = inputs.visual_slots >= 0
-  on_canvas = lambda x: jnp.take_along_axis(
-      x, inputs.visual_index.reshape(x.shape[0], -1), axis=1
-  ).reshape(keep.shape)
-  if config.selector in ('random', 'uniform'):  # which look at nothing
+  if config.selector in ORDERED:  # which look at no attention
     self_score = cross_score = jnp.zeros_like(keep)
+  elif config.selector in ('fastv', 'pyramiddrop'):
+    self_score = cross_score = on_canvas(
+        last_token_attention(q, k, mask, inputs.prompt_weight), inputs)
   else:
     raw = received_attention(
         q, k, lse, mask, bias, inputs.image_ids,
         token_keep(keep, inputs) * is_visual, inputs.prompt_weight)
     self_score, cross_score = (
-        normalise(on_canvas(x), keep, config.score_norm) for x in raw)
+        normalise(on_canvas(x, inputs), keep, config.score_norm) for x in raw)
   redundancy = {'both': (self_score + cross_score) / 2, 'self': self_score,
                 'cross': cross_score}[config.scores]
   alive = keep > 0.5 if inputs.hard else keep > 0.0
@@ -296,7 +313,7 @@ def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
     kept = jnp.maximum(kept, best)
   else:
     theta = jnp.zeros(keep.shape[:2] + (2,))
-    order = -redundancy if config.selector == 'fixed' else inputs.order
+    order = inputs.order if config.selector in ORDERED else -redundancy
     priority = jnp.where(alive, order.astype(jnp.float32), jnp.inf)
     count = jnp.asarray(config.fixed_counts)[module]
     kept = keep_by_rank(jax.lax.stop_gradient(priority), count)
@@ -305,30 +322,3 @@ def prune(state: PruneState, module: jax.Array, q: jax.Array, k: jax.Array,
   return PruneState(keep=keep, module_keep=put(state.module_keep, keep),
                     thresholds=put(state.thresholds, theta),
                     redundancy=put(state.redundancy, redundancy))
-
-
-def selection_order(selector: str, shape: tuple[int, int, int], grid_size: int,
-                    row_ids: jax.Array, seed: jax.Array | int) -> jax.Array:
-  """Ranks of visual tokens for the selectors that do not look at them.
-
-  Args:
-    selector: 'random' draws per row; anything else gives the uniform order.
-    shape: (B, I, P).
-    grid_size: tokens per side.
-    row_ids: int32[B], what a random order depends on besides the seed, so
-      that an example's tokens do not depend on its batch.
-    seed: int or int32[].
-
-  Returns:
-    int32[B, I, P].
-  """
-  B, I, P = shape
-  if selector != 'random':
-    return jnp.broadcast_to(jnp.asarray(uniform_order(grid_size)), (B, I, P))
-  key = jax.random.key(seed)
-
-  def one(row, image):
-    folded = jax.random.fold_in(jax.random.fold_in(key, row), image)
-    return jax.random.permutation(folded, P).astype(jnp.int32)
-  per_row = jax.vmap(one, in_axes=(None, 0))
-  return jax.vmap(per_row, in_axes=(0, None))(row_ids, jnp.arange(I))

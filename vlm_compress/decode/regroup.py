@@ -32,7 +32,7 @@ import numpy as np
 from vlm_compress.config import check, check_whole
 from vlm_compress.decode.prefilled import Prefilled, row_text_slots
 from vlm_compress.decode.segmented import SegmentedModel
-from vlm_compress.models import segments as seg
+from vlm_compress.models import segment_rows as rows_lib
 from vlm_compress.models.inputs import PruneOptions
 from vlm_compress.models.segments import Pruning, Ran, SegmentCache, Tokens
 from vlm_compress.models.sequence import Batch
@@ -186,7 +186,7 @@ class _Line:
            ) -> tuple[Tokens, Pruning]:
     """A row of a batch, with so many slots."""
     return self.model.programs.call(
-        ('take', slots), lambda t, p, i: seg.take_row(t, p, i, slots), (),
+        ('take', slots), lambda t, p, i: rows_lib.take_row(t, p, i, slots), (),
         tokens, pruning, np.int32(index))
 
   def full_bins(self) -> Iterator[Done]:
@@ -213,7 +213,7 @@ class _Line:
     filled = rows + [rows[-1]] * (self.batch_size - len(rows))
     same = [(row.tokens, row.pruning) if row.tokens.valid.shape[1] == slots else
             self.take(row.tokens, row.pruning, 0, slots) for row in filled]
-    tokens, pruning = self.model.programs.call(('stack',), seg.stack_rows, (),
+    tokens, pruning = self.model.programs.call(('stack',), rows_lib.stack_rows, (),
                                                same)
     yield from self.run(index, tokens, pruning, [row.id for row in rows],
                         [row.text for row in rows], [row.behind for row in rows],
@@ -240,7 +240,7 @@ class _Line:
                  ) -> SegmentCache:
     size = slots + self.room
     return self.model.programs.call(
-        ('take cache', size), lambda c, i: seg.take_cache(c, i, size), (), cache,
+        ('take cache', size), lambda c, i: rows_lib.take_cache(c, i, size), (), cache,
         np.int32(index))
 
   def _together(self, ran: Ran, pruning: Pruning, behind: list[tuple],
@@ -252,7 +252,7 @@ class _Line:
       slots.append(max(p.slots for p in passed))
       rows = [p.cache if p.slots == slots[-1] else
               self._row_cache(p.cache, 0, slots[-1]) for p in passed]
-      caches.append(self.model.programs.call(('stack cache',), seg.stack, (), rows))
+      caches.append(self.model.programs.call(('stack cache',), rows_lib.stack, (), rows))
       all_counts.append(np.asarray([p.count for p in passed]))
     slots.append(ran.cache.readable.shape[1] - self.room)
     # fillers are the last row once more

@@ -371,11 +371,12 @@ class SegmentedModel:
           room: int) -> Ran:
     """Runs segment number `index`, and the module behind it."""
     first, last = self.bounds(pruning is not None)[index]
-    program = functools.partial(seg.run_segment, self.config, index, room,
-                                last == self.config.text.num_hidden_layers)
+    is_last = last == self.config.text.num_hidden_layers
+    program = functools.partial(seg.run_segment, self.config, index, room, is_last)
+    end = last + seg.num_ahead(self.config, is_last)
     return self.programs.call(
         ('run', first, last, room), program,
-        (self.layers[first:last], self.rest), tokens, pruning)
+        (self.layers[first:end], self.rest), tokens, pruning)
 
 
 def _check_turns(batch: Batch) -> None:

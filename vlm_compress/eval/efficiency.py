@@ -21,8 +21,10 @@ import dataclasses
 
 import numpy as np
 
+from vlm_compress.compress.baselines.downsample import reduced_size
 from vlm_compress.compress.baselines.qformer import NUM_LAYERS as NUM_QFORMER_LAYERS
 from vlm_compress.config import ConfigError, LlavaConfig, TextConfig, VisionConfig, check
+from vlm_compress.eval.peer_cost import peer_flops
 
 BYTES_PER_VALUE = {'float32': 4, 'bfloat16': 2}
 
@@ -46,7 +48,7 @@ class PrefillCost:
     decoder_dense: the same with every attention computed as a full rectangle
       and masked afterwards, as an implementation without a flash-type kernel
       does.
-    selector: what choosing the tokens costs (ATP modules).
+    selector: what choosing the tokens costs (modules, or in front of all).
     lm_head: logits of one position.
   """
   vision: float
@@ -215,8 +217,10 @@ def efficientnet_lite0_flops(image_size: int,
 def vision_flops(config: LlavaConfig) -> float:
   """The vision tower on one image, up to the layer whose features are used."""
   vision, layer = config.vision, config.vision_feature_layer
+  size = reduced_size(config)  # smaller with image downsampling
   if vision.model_type == 'efficientnet_lite0':
-    return efficientnet_lite0_flops(vision.image_size)
+    return efficientnet_lite0_flops(size)
+  vision = dataclasses.replace(vision, image_size=size)
   layers = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
   return clip_vit_flops(vision, layers)
 
@@ -237,7 +241,8 @@ def resampler_flops(config: LlavaConfig) -> float:
 
   The linear layer behind average pooling is D x D on C tokens.  A Q-Former
   layer is self-attention among C queries, cross-attention to P tokens and an
-  MLP of width 4D.  Averaging itself is not counted.
+  MLP of width 4D.  Averaging itself is not counted, nor are VisionZip's
+  ranking and merging, nor resizing a picture.
   """
   size, tokens = config.text.hidden_size, config.num_query_tokens
   if config.resampler == 'avg_pool_linear':
@@ -258,7 +263,7 @@ def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
   reduced to column sums: 2NH (n (n + 1) / 2 + n T) for n visual keys, visual
   queries and T prompt queries.  Thresholds: Linear(2P, h) and two
   Linear(h, 1).  A 'fixed' selector has no thresholds; 'random' and 'uniform'
-  look at nothing.
+  look at nothing.  Peers: `peer_cost.peer_flops`.
 
   Args:
     config: with or without `atp`.
@@ -273,6 +278,8 @@ def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
   atp = config.atp
   if atp is None or atp.selector in ('random', 'uniform'):
     return np.zeros(visual.shape[:-1])
+  if atp.selector not in ('adaptive', 'fixed'):
+    return peer_flops(config, visual, prompt_tokens)
   if atp.cross_queries == 'last':
     prompt_tokens = np.minimum(prompt_tokens, 1)
   n = visual[..., np.array(atp.prune_after) - 1]

@@ -3,6 +3,9 @@
 LLaVA-1.5 reads the output of the last layer but one, so the tower ends there:
 neither the layers behind it nor CLIP's `post_layernorm` take part.
 
+A smaller picture has fewer patches and position embeddings interpolated to
+them; with `look`, the tower also says what its class token attends to.
+
 Parameters have the names of Hugging Face's `CLIPVisionModel` with '/', and one
 leading axis for the layers, which are scanned.  Matrices are `kernel` (input
 first), tables `embedding`; norms and vectors keep their names.  All
@@ -14,12 +17,15 @@ parameters of ViT-L).  `post_layernorm` is not created: no hidden state that
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_compress.compress.baselines.downsample import reduced_positions
 from vlm_compress.config import VisionConfig, check
-from vlm_compress.nn.attention import attention
+from vlm_compress.nn.attention import attention, attention_probs
 from vlm_compress.nn.linear import linear
 from vlm_compress.sharding import constrain
 
@@ -103,6 +109,8 @@ class Embeddings(nn.Module):
         embedding_init=nn.with_logical_partitioning(
             nn.initializers.normal(INIT_STD), (None, 'act_embed')),
         name='position_embedding')(jnp.arange(grid ** 2 + 1))
+    if pixels.shape[1] < config.image_size:
+      positions = reduced_positions(positions, pixels.shape[1] // patch)
     return jnp.concatenate([first, patches], axis=1) + positions
 
 
@@ -129,6 +137,18 @@ class PatchEmbedding(nn.Module):
     return x.reshape(batch, grid * grid, self.features)
 
 
+class Look(NamedTuple):
+  """What attention of a layer shows.
+
+  Attributes:
+    class_attention: float32[B, P], from the class token to each patch, mean
+      over heads.
+    keys: float32[B, P, H], of the patches, mean over heads.
+  """
+  class_attention: jax.Array
+  keys: jax.Array
+
+
 class SelfAttention(nn.Module):
   """Multi-head attention of every token to every token, with biases."""
   config: VisionConfig
@@ -136,8 +156,8 @@ class SelfAttention(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """float[B, T, D] -> float[B, T, D]."""
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, Look]:
+    """float[B, T, D] -> float[B, T, D], and what there is to see."""
     batch, length, width = x.shape
     num_heads = self.config.num_attention_heads
     def project(name, axes, inputs):
@@ -149,7 +169,10 @@ class SelfAttention(nn.Module):
         for name in ('q_proj', 'k_proj', 'v_proj'))
     mask = jnp.ones((batch, length, length), bool)
     out = attention(q, k, v, mask).reshape(batch, length, width)
-    return project('out_proj', ('heads', 'embed'), out)
+    look = Look(jnp.mean(attention_probs(q[:, :1], k, mask[:, :1]),
+                         axis=(1, 2))[:, 0, 1:],
+                jnp.mean(k[:, 1:].astype(jnp.float32), axis=2))
+    return project('out_proj', ('heads', 'embed'), out), look
 
 
 class Mlp(nn.Module):
@@ -170,10 +193,17 @@ class Mlp(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-  """A pre-norm transformer layer that can be passed by."""
+  """A pre-norm transformer layer that can be passed by.
+
+  Attributes:
+    config: sizes.
+    dtype, param_dtype: of activations and of parameters.
+    look: also return what its attention shows.
+  """
   config: VisionConfig
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  look: bool = False
 
   def setup(self):
     epsilon = self.config.layer_norm_eps
@@ -183,21 +213,32 @@ class EncoderLayer(nn.Module):
     self.layer_norm2 = LayerNorm(epsilon, self.param_dtype)
     self.mlp = Mlp(self.config, **types)
 
-  def block(self, x: jax.Array) -> jax.Array:
-    """float[B, T, D] -> float[B, T, D]."""
-    x = x + self.self_attn(self.layer_norm1(x))
+  def block(self, x: jax.Array) -> tuple[jax.Array, Look | None]:
+    """float[B, T, D] -> float[B, T, D], and a Look if asked for."""
+    attended, look = self.self_attn(self.layer_norm1(x))
+    x = x + attended
     x = x + self.mlp(self.layer_norm2(x))
-    return constrain(x, 'batch', 'length', 'act_embed')
+    x = constrain(x, 'batch', 'length', 'act_embed')
+    return x, look if self.look else None
 
-  def __call__(self, x: jax.Array, run: jax.Array) -> tuple[jax.Array, None]:
-    """The layer's output where bool[] `run` holds, else x; None for the scan.
+  def passed(self, x: jax.Array) -> tuple[jax.Array, Look | None]:
+    """x, and zeros for a Look."""
+    batch, length, width = x.shape
+    head = width // self.config.num_attention_heads
+    look = Look(jnp.zeros((batch, length - 1)), jnp.zeros((batch, length - 1, head)))
+    return x, look if self.look else None
+
+  def __call__(self, x: jax.Array, run: jax.Array
+               ) -> tuple[jax.Array, Look | None]:
+    """The layer's output where bool[] `run` holds, else x; and its Look.
 
     A layer that does not run costs no arithmetic: the branch is taken at run
     time, and the stacked parameters need not be copied to leave it out.
     """
     if self.is_initializing():  # branches may not create parameters
-      return jnp.where(run, self.block(x), x), None
-    return nn.cond(run, EncoderLayer.block, lambda _, x: x, self, x), None
+      done, look = self.block(x)
+      return jnp.where(run, done, x), look
+    return nn.cond(run, EncoderLayer.block, EncoderLayer.passed, self, x)
 
 
 class ClipVisionTower(nn.Module):
@@ -209,31 +250,38 @@ class ClipVisionTower(nn.Module):
     select_strategy: 'default' drops the class token, 'full' keeps it in front.
     dtype: of activations; norms and softmax compute in float32 regardless.
     param_dtype: of parameters as stored.
+    look: return the class token in front and what the last layer shows, see
+      `Look`, whatever the strategy.
   """
   config: VisionConfig
   feature_layer: int = -2
   select_strategy: str = 'default'
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  look: bool = False
 
   @nn.compact
-  def __call__(self, pixels: jax.Array) -> jax.Array:
+  def __call__(self, pixels: jax.Array) -> jax.Array | tuple[jax.Array, Look]:
     """Runs the tower.
 
     Args:
-      pixels: float[B, S, S, 3], S the image size, from
-        `data.images.clip_normalize`.
+      pixels: float[B, S, S, 3], S the image size or a smaller multiple of the
+        patch size, from `data.images.clip_normalize`.
 
     Returns:
-      float[B, P, D], row-major over the grid.
+      float[B, P, D], row-major over the grid; with `look` float[B, 1 + P, D]
+      and the Look.
 
     Raises:
       ConfigError: pixels of another shape, or an unknown layer or strategy.
     """
     config, size = self.config, self.config.image_size
-    check(pixels.ndim == 4 and pixels.shape[1:] == (size, size, 3),
+    side = pixels.shape[1] if pixels.ndim == 4 else 0
+    check(0 < side <= size and side % config.patch_size == 0 and
+          pixels.shape[2:] == (side, 3),
           f'pixels of shape {pixels.shape}: vision.image_size={size} needs '
-          f'[B, {size}, {size}, 3]')
+          f'[B, {size}, {size}, 3], or fewer times vision.patch_size='
+          f'{config.patch_size}')
     check(self.select_strategy in SELECT_STRATEGIES,
           f'vision_feature_select_strategy={self.select_strategy!r}: use one '
           f'of {SELECT_STRATEGIES}')
@@ -248,5 +296,9 @@ class ClipVisionTower(nn.Module):
                      length=config.num_hidden_layers,
                      metadata_params={nn.PARTITION_NAME: 'layers'})
     run = jnp.arange(config.num_hidden_layers) < num_run
-    x, _ = layers(config, **types, name='layers')(x, run)
+    x, looks = layers(config, **types, look=self.look, name='layers')(x, run)
+    if self.look:
+      check(num_run > 0, f'vision_feature_layer={self.feature_layer}: in front '
+            'of all layers there is no attention to look at')
+      return x, jax.tree.map(lambda y: y[num_run - 1], looks)
     return x[:, 1:] if self.select_strategy == 'default' else x

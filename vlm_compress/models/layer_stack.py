@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_compress.compress import atp
+from vlm_compress.compress import atp, selection
 from vlm_compress.config import LoraConfig, TextConfig
 from vlm_compress.models.llama import DecoderLayer
 from vlm_compress.nn.attention import attention_probs
@@ -77,6 +77,9 @@ class _Body(nn.Module):
     x, state = carry
     module, earlier, earlier_keep = per_layer
     mask, bias, entering, keep = shared.mask, None, None, None
+    ahead = shared.prune is not None and shared.prune.looks_ahead
+    if ahead:  # `module` is the one in front of this layer
+      state = self._look_ahead(x, state, module, shared)
     if shared.prune is not None:
       entering = state.keep
       mask, bias = atp.masked_by_keep(state.keep, shared.prune, mask)
@@ -95,18 +98,31 @@ class _Body(nn.Module):
     nn.share_scope(self, layer)
     x, (q, k, v, lse) = layer(x, shared.positions, mask, bias, earlier,
                          shared.read_shift, keep)
-    if shared.prune is not None:
+    if shared.prune is not None and not ahead:
       # Where attention had another mask than scores have, so is its lse.
       own_lse = None if keep is not None or earlier is not None else lse
-      state = jax.lax.cond(
+      state, x = jax.lax.cond(
           module >= 0,
-          lambda s: atp.prune(s, module, q, k, own_lse, own_mask, own_bias,
-                              shared.prune),
-          lambda s: s, state)
+          lambda s, x: selection.choose(s, module, x, q, k, own_lse, own_mask,
+                                        own_bias, shared.prune),
+          lambda s, x: (s, x), state, x)
     maps = None
     if shared.collect:
       maps = self._maps(q, k, own_mask, own_bias, shared)
     return (x, state), (k, v, entering, maps)
+
+  def _look_ahead(self, x, state, module, shared):
+    """The module in front of this layer, by this layer's queries and keys."""
+    layer = DecoderLayer(self.config, self.dtype, self.param_dtype,
+                         self.implementation, self.lora, parent=None)
+    params = {'params': self.variables['params']}
+
+    def run(state):
+      mask, _ = atp.masked_by_keep(state.keep, shared.prune, shared.mask)
+      # Of the layer, only what makes q and k remains in the program.
+      _, (q, k, *_) = layer.apply(params, x, shared.positions, mask)
+      return atp.prune(state, module, q, k, None, mask, None, shared.prune)
+    return jax.lax.cond(module >= 0, run, lambda s: s, state)
 
   def _maps(self, q, k, mask, bias, shared):
     """Attention among this row's tokens, mean over heads."""
@@ -169,7 +185,10 @@ class LayerStack(nn.Module):
     """
     num_layers = self.config.num_hidden_layers
     prune_after = shared.prune.config.prune_after if shared.prune else ()
-    schedule = jnp.asarray(module_schedule(prune_after, num_layers))
+    schedule = module_schedule(prune_after, num_layers)
+    if shared.prune is not None and shared.prune.looks_ahead:
+      schedule = np.roll(schedule, 1)
+    schedule = jnp.asarray(schedule)
     body = _Body
     if self.remat is not None:
       body = nn.remat(body, prevent_cse=False,

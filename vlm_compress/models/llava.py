@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from vlm_compress.compress import atp
+from vlm_compress.compress.baselines.downsample import reduced_pixels, reduced_size
 from vlm_compress.compress.baselines.pooling import average_pool
 from vlm_compress.compress.baselines.qformer import QFormer
-from vlm_compress.compress.importance import cross_queries
+from vlm_compress.compress.baselines.visionzip import zip_tokens
 from vlm_compress.compress.voco import hidden_from_text, voco_mask
 from vlm_compress.config import LlavaConfig, check
+from vlm_compress.models import pruning
 from vlm_compress.models.clip_vit import ClipVisionTower
 from vlm_compress.models.inputs import (
   CompressedImages,
@@ -56,7 +58,8 @@ class Llava(nn.Module):
     if cfg.vision.model_type == 'clip_vision_model':
       self.vision_tower = ClipVisionTower(
           cfg.vision, cfg.vision_feature_layer,
-          cfg.vision_feature_select_strategy, dtype, param_dtype)
+          cfg.vision_feature_select_strategy, dtype, param_dtype,
+          look=cfg.resampler == 'visionzip')
     if cfg.resampler == 'qformer':
       self.resampler = QFormer(cfg.num_query_tokens,
                                cfg.text.num_attention_heads, std, dtype,
@@ -82,13 +85,24 @@ class Llava(nn.Module):
     check(self.config.vision.model_type == 'clip_vision_model',
           'the EfficientNet-Lite0 tower is frozen and has no parameters here; '
           'use models.efficientnet.extract_features')
-    B, I = pixels.shape[:2]
-    features = self.vision_tower(pixels.reshape(B * I, *pixels.shape[2:]))
+    cfg, (B, I) = self.config, pixels.shape[:2]
+    pixels = pixels.reshape(B * I, *pixels.shape[2:])
+    if cfg.resampler == 'downsample':
+      pixels = reduced_pixels(pixels, reduced_size(cfg))
+    features = self.vision_tower(pixels)
+    if cfg.resampler == 'visionzip':
+      hidden, look = features
+      features = zip_tokens(hidden, look.class_attention, look.keys,
+                            cfg.num_query_tokens)
     return features.reshape(B, I, *features.shape[1:])
 
   def visual_tokens(self, features: jax.Array) -> jax.Array:
     """float[B, I, P', Dv] vision features -> float[B, I, P, D]."""
     cfg = self.config
+    check(cfg.resampler not in ('downsample', 'visionzip') or
+          features.shape[2] == cfg.num_patches, f'{features.shape[2]} features '
+          f'per image for resampler={cfg.resampler!r} to {cfg.num_patches}: '
+          'encode pictures with this config, by `vision_features`')
     if cfg.resampler == 'avg_pool_linear':
       features = average_pool(features, cfg.num_query_tokens)
     tokens = self.multi_modal_projector(features)
@@ -135,28 +149,11 @@ class Llava(nn.Module):
                      batch.token_types == VISUAL, batch.image_ids,
                      batch.turn_ids, self.config.voco.text_sees_prefix)
 
-  def prune_inputs(self, batch: Batch, options: PruneOptions
+  def prune_inputs(self, batch: Batch, options: PruneOptions, x: jax.Array
                    ) -> atp.PruneInputs:
-    """What the pruning modules need to know about a batch."""
-    cfg = self.config
-    B, I = batch.features.shape[:2]
-    P = cfg.num_visual_tokens
-    row_ids = options.row_ids
-    row_ids = jnp.zeros(B, jnp.int32) if row_ids is None else row_ids
-    shift = options.threshold_shift
-    shift = cfg.atp.threshold_shift if shift is None else shift
-    return atp.PruneInputs(
-        heads=self.atp() if cfg.atp.selector == 'adaptive' else None,
-        visual_index=atp.canvas_index(batch.visual_slots, (B, I, P)),
-        image_valid=batch.image_valid,
-        visual_slots=batch.visual_slots, image_ids=batch.image_ids,
-        prompt_weight=cross_queries(batch.prompt_mask, cfg.atp.cross_queries),
-        order=atp.selection_order(cfg.atp.selector, (B, I, P),
-                                  cfg.vision.grid_size, row_ids,
-                                  options.seed),
-        temperature=jnp.float32(options.temperature),
-        threshold_shift=jnp.float32(shift), hard=options.hard,
-        config=cfg.atp, grid_size=cfg.vision.grid_size)
+    """What the pruning modules need to know; x as from `embed`."""
+    heads = self.atp() if self.config.atp.selector == 'adaptive' else None
+    return pruning.prune_inputs(self.config, batch, options, x, heads)
 
   def hidden(self, batch: Batch, *, mask: str = 'causal',
              prune: PruneOptions | None = None, collect: bool = False
@@ -182,7 +179,7 @@ class Llava(nn.Module):
         mask=self._mask(batch, mask, collect or prune is not None),
         read_shift=shift,
         reads=batch.image_ids == 0 if several else None,
-        prune=self.prune_inputs(batch, prune) if prune is not None else None,
+        prune=None if prune is None else self.prune_inputs(batch, prune, x),
         collect=collect)
     return self.language_model(x, shared)
 

@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vlm_compress.compress import atp
+from vlm_compress.compress import atp, selection
 from vlm_compress.config import LlavaConfig
 from vlm_compress.models.inputs import Prefix, PruneOptions
 from vlm_compress.models.llama import DecoderLayer, LayerState
@@ -116,7 +116,7 @@ def start(config: LlavaConfig, params: Any, batch: Batch,
   pruning = None
   prompt_weight = jnp.zeros(batch.positions.shape, jnp.float32)
   if options is not None:
-    inputs = model.apply(variables, batch, options, method='prune_inputs')
+    inputs = model.apply(variables, batch, options, x, method='prune_inputs')
     prompt_weight = inputs.prompt_weight
     pruning = Pruning(
         inputs.replace(heads=None, visual_index=None, visual_slots=None,
@@ -184,27 +184,29 @@ def _layer(config: LlavaConfig, params: Any, x, positions, mask, earlier=None,
 
 
 def run_module(heads: Any, module: int, tokens: Tokens, last: LayerState,
-               pruning: Pruning) -> Pruning:
+               pruning: Pruning) -> tuple[Tokens, Pruning]:
   """Runs the module behind a segment.
 
   Args:
     heads: parameters of all modules; None for selectors without any.
     module: its index.
     tokens: rows of the segment.
-    last: what attention of the segment's last layer left.
+    last: what attention of the segment's last layer left, or of the layer
+      behind it where the selector looks ahead.
     pruning: before it.
 
   Returns:
-    Pruning after it.
+    Tokens, of which some may be merged ones, and Pruning after it.
   """
   shape = pruning.inputs.order.shape
   inputs = pruning.inputs.replace(
       heads=heads, visual_slots=tokens.visual_slots, image_ids=tokens.image_ids,
       prompt_weight=tokens.prompt_weight,
       visual_index=atp.canvas_index(tokens.visual_slots, shape))
-  state = atp.prune(pruning.state, jnp.int32(module), last.q, last.k, last.lse,
-                    Causal(tokens.valid), None, inputs)
-  return pruning.replace(state=state)
+  state, x = selection.choose(
+      pruning.state, jnp.int32(module), tokens.x, last.q, last.k, last.lse,
+      Causal(tokens.valid), None, inputs)
+  return tokens.replace(x=x), pruning.replace(state=state)
 
 
 def to_front(tokens: Tokens, pruning: Pruning | None
@@ -226,54 +228,6 @@ def to_front(tokens: Tokens, pruning: Pruning | None
   moved = moved.replace(visual_slots=jnp.where(
       moved.valid, moved.visual_slots, UNUSED.visual_slots))
   return moved, jnp.sum(stay, axis=1, dtype=jnp.int32)
-
-
-def take_row(tokens: Tokens, pruning: Pruning, index: jax.Array, num_slots: int
-             ) -> tuple[Tokens, Pruning]:
-  """One row of a batch, cut to `num_slots` slots or filled up to them."""
-  take = lambda y, axis=0: jax.lax.dynamic_slice_in_dim(y, index, 1, axis)
-  inputs, state = pruning.inputs, pruning.state
-
-  def fit(y, unused):
-    y = take(y)[:, :num_slots]
-    spare = ((0, 0), (0, num_slots - y.shape[1])) + ((0, 0),) * (y.ndim - 2)
-    return jnp.pad(y, spare, constant_values=unused)
-  return jax.tree.map(fit, tokens, UNUSED), Pruning(
-      inputs.replace(image_valid=take(inputs.image_valid),
-                     order=take(inputs.order)),
-      atp.PruneState(keep=take(state.keep),
-                     module_keep=take(state.module_keep, 1),
-                     thresholds=take(state.thresholds, 1),
-                     redundancy=take(state.redundancy, 1)))
-
-
-def stack_rows(rows: Sequence[tuple[Tokens, Pruning]]) -> tuple[Tokens, Pruning]:
-  """A batch of rows that `take_row` has taken."""
-  tokens, prunings = zip(*rows)
-  one = prunings[0]
-  join = lambda get, axis=0: jnp.concatenate([get(p) for p in prunings], axis)
-  return stack(tokens), Pruning(
-      one.inputs.replace(image_valid=join(lambda p: p.inputs.image_valid),
-                         order=join(lambda p: p.inputs.order)),
-      atp.PruneState(keep=join(lambda p: p.state.keep),
-                     module_keep=join(lambda p: p.state.module_keep, 1),
-                     thresholds=join(lambda p: p.state.thresholds, 1),
-                     redundancy=join(lambda p: p.state.redundancy, 1)))
-
-
-def take_cache(cache: SegmentCache, index: jax.Array, num_slots: int
-               ) -> SegmentCache:
-  """One row of a cache, with empty slots at its end up to `num_slots`."""
-  def take(y):
-    y = jax.lax.dynamic_slice_in_dim(y, index, 1, 0)
-    spare = num_slots - y.shape[1]
-    return jnp.pad(y, ((0, 0), (0, spare)) + ((0, 0),) * (y.ndim - 2))
-  return jax.tree.map(take, cache)
-
-
-def stack(rows: Sequence[Any]) -> Any:
-  """Joins trees of one row each."""
-  return jax.tree.map(lambda *y: jnp.concatenate(y), *rows)
 
 
 def cut(tokens: Tokens, num_slots: int) -> Tokens:
@@ -317,6 +271,12 @@ class Ran(NamedTuple):
   positions: jax.Array | None = None
 
 
+def num_ahead(config: LlavaConfig, is_last: bool) -> int:
+  """Layers behind a segment whose parameters its module needs."""
+  looks = config.atp is not None and config.atp.selector == 'pyramiddrop'
+  return int(looks and not is_last)
+
+
 def run_segment(config: LlavaConfig, index: int, room: int, is_last: bool,
                 layers: Sequence[Any], rest: Any, tokens: Tokens,
                 pruning: Pruning | None) -> Ran:
@@ -327,15 +287,22 @@ def run_segment(config: LlavaConfig, index: int, room: int, is_last: bool,
     index: number of the segment.
     room: slots for new tokens.
     is_last: no layers follow.
-    layers: parameters of its layers; rest: of all but the decoder's layers.
+    layers: parameters of its layers, and of as many behind it as
+      `num_ahead` says; rest: of all but the decoder's layers.
     tokens: S slots.
     pruning: before it; None for the plain model.
   """
-  tokens, cache, state = run_layers(config, layers, tokens, room)
+  ahead = num_ahead(config, is_last)
+  own = layers[:len(layers) - ahead]
+  tokens, cache, state = run_layers(config, own, tokens, room)
   if is_last:
     return Ran(cache, None, None, None, *finish(config, rest, tokens))
+  if ahead:  # of that layer, only what makes q and k remains in the program
+    _, state = _layer(config, layers[-1], tokens.x, tokens.positions,
+                      Causal(tokens.valid))
+    state = state._replace(lse=None)
   module = index + (config.atp.prune_after[0] == 0)
-  pruning = run_module(rest.get('atp'), module, tokens, state, pruning)
+  tokens, pruning = run_module(rest.get('atp'), module, tokens, state, pruning)
   tokens, counts = to_front(tokens, pruning)
   return Ran(cache, tokens, counts, pruning)
 

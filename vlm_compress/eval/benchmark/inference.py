@@ -217,7 +217,7 @@ def selector(subject: Subject, case: Case, num_rows: int) -> Callable[[], Any]:
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), size)
 
   def program(modules, module, tokens, last, pruning, slots):
-    pruning = seg.run_module(modules, module, tokens, last, pruning)
+    tokens, pruning = seg.run_module(modules, module, tokens, last, pruning)
     tokens, counts = seg.to_front(tokens, pruning)
     return seg.cut(tokens, slots), counts, pruning
   runs = []
