@@ -32,6 +32,7 @@ CORE = [
     'numpy>=2.4',              # host arrays
     'optax>=0.2.8',            # optimizers and schedules
     'orbax-checkpoint>=0.12',  # training checkpoints
+    'pyarrow>=22',             # table.parquet of sweeps; TFDS brings it
     'rich>=15',                # progress bar and printed tables
     'safetensors>=0.8',        # weights without executing anything
     'tensorboard>=2.21',       # clu's writers import it, clu does not name it

@@ -27,11 +27,11 @@ NO_PROMPTS = ((5, 'prompt=5: give a question'), (None, 'prompt=None: give a q'),
               ([Turn('what', 'a cat')], 'last turn of the prompt has an answer'))
 
 
-def make(config, seed=1, **text) -> api.Vlm:
+def make(config, seed=1, tokenizer=TOKENIZER, **text) -> api.Vlm:
   """A model with random weights; fields of `text` replace the config's."""
   config = dataclasses.replace(
-      config, voco_token_index=TOKENIZER.vocab_size, text=dataclasses.replace(
-          config.text, vocab_size=TOKENIZER.vocab_size, **text))
+      config, voco_token_index=tokenizer.vocab_size, text=dataclasses.replace(
+          config.text, vocab_size=tokenizer.vocab_size, **text))
   shapes = nn.unbox(jax.eval_shape(
       lambda key: init_params(Llava(config), key, with_vision=True),
       jax.random.key(0)))
@@ -40,5 +40,5 @@ def make(config, seed=1, **text) -> api.Vlm:
     scale = 0.05 if path[0].key == 'atp' else 0.35
     return np.float32(scale * rng.normal(size=x.shape) +
                       (path[-1].key in ('weight', 'scale')))
-  return api.Vlm(config, jax.tree.map_with_path(draw, shapes), TOKENIZER,
+  return api.Vlm(config, jax.tree.map_with_path(draw, shapes), tokenizer,
                  Processor('short'), 'dir')

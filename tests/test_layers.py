@@ -34,7 +34,8 @@ LEVELS = {
     'models/': 3,
     'losses.py': 4, 'decode/': 4, 'convert/': 4,
     'data/': 5, 'eval/': 5, 'train/': 5,
-    'api.py': 6, 'vlm.py': 6, 'caching.py': 6, 'batches.py': 6, 'analysis/': 6,
+    'api.py': 6, 'vlm.py': 6, 'caching.py': 6, 'batches.py': 6, 'asking.py': 6,
+    'analysis/': 6,
     'cli/': 7,
 }
 
@@ -61,6 +62,7 @@ ALLOWED = {
     'tokenizers': ('vlm_compress/data/tokenizer.py',
                    'vlm_compress/convert/vocabulary.py'),
     'sentencepiece': ('vlm_compress/convert/vocabulary.py',),
+    'pyarrow': ('vlm_compress/eval/sweep_table.py',),
     'gguf': ('vlm_compress/convert/gguf_files.py',),
     'PIL': ('vlm_compress/data/', 'vlm_compress/eval/report.py',
             'vlm_compress/analysis/plots.py', 'vlm_compress/cli/'),

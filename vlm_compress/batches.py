@@ -34,16 +34,48 @@ from vlm_compress.vlm import (
 
 
 class Request(NamedTuple):
-  """A question: prompt and images as in `api.generate`."""
+  """A question: prompt and images as in `api.generate`.
+
+  row_id names it for the selector 'random', whose choice depends on that and on
+  the seed, and not on the batch.
+  """
   prompt: str | Sequence[Turn]
   images: Sequence[Any] = ()
+  row_id: int = 0
 
 
-def answer_all(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
-               batch_size: int = 4, regroup: bool = True,
-               max_new_tokens: int = 32, progress: bool = True,
-               slots: SlotCount | None = None) -> list[Answer]:
+def answer_all(vlm: Vlm, requests: Sequence[Request], *, progress: bool = True,
+               **options: Any) -> list[Answer]:
   """Answers questions greedily, in batches of those with the same shapes.
+
+  Args:
+    vlm, requests, options: as for `answer_batches`.
+    progress: show a bar if stderr is a terminal.
+
+  Returns:
+    Answers in the order of the questions.
+
+  Raises:
+    DataError, ConfigError: as `api.generate`, for the first that is wrong.
+  """
+  _check_requests(requests)
+  answers: list[Answer | None] = [None] * len(requests)
+  console = Console(stderr=True)
+  with Progress(console=console, transient=True,
+                disable=not (progress and console.is_terminal)) as bar:
+    task = bar.add_task('answering', total=len(requests))
+    for ids, some in answer_batches(vlm, requests, **options):
+      for i, answer in zip(ids, some):
+        answers[i] = answer
+      bar.update(task, advance=len(ids))
+  return answers
+
+
+def answer_batches(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
+                   batch_size: int = 4, regroup: bool = True, max_new_tokens: int = 32,
+                   seed: int = 0, slots: SlotCount | None = None
+                   ) -> Iterator[tuple[list[int], list[Answer]]]:
+  """`answer_all`, a batch at a time.
 
   Args:
     vlm: the model.
@@ -54,39 +86,37 @@ def answer_all(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto',
     regroup: with method atp, make batches anew behind every module, of rows
       that kept about as much (decode/regroup.py).
     max_new_tokens: longest answer.
-    progress: show a bar if stderr is a terminal.
+    seed: of the selector 'random'.
     slots: is added to, what the batches of method atp took.
 
-  Returns:
-    Answers in the order of the questions.
-
-  Raises:
-    DataError, ConfigError: as `api.generate`, for the first that is wrong.
+  Yields:
+    Numbers of questions, and their answers, as batches are done.
   """
   check_whole('batch_size', batch_size, 1)
   check_whole('max_new_tokens', max_new_tokens, 1)
+  check_whole('seed', seed, 0)
   _check_requests(requests)
   limit = vlm.config.text.max_position_embeddings
   ready: dict[tuple, CompressedImage] = {}
-  rows = [prepare(vlm, r.prompt, _compressed(vlm, r.images, method, ready),
-                  method, None) for r in requests]
+  rows = [_named(prepare(vlm, r.prompt, _compressed(vlm, r.images, method, ready),
+                         method, None), r.row_id, seed) for r in requests]
   full = [i for i, row in enumerate(rows) if row.positions >= limit]
   check(not full, f'prompt number {full[:1]} takes all {limit} positions of '
         'text.max_position_embeddings; shorten it')
-  answers: list[Answer | None] = [None] * len(rows)
-  console = Console(stderr=True)
-  with Progress(console=console, transient=True,
-                disable=not (progress and console.is_terminal)) as bar:
-    task = bar.add_task('answering', total=len(rows))
-    for ids, state in _read(vlm, rows, batch_size, regroup, max_new_tokens - 1,
-                            SlotCount() if slots is None else slots):
-      counts = [min(max_new_tokens, limit - rows[i].positions) for i in ids]
-      for i, answer in zip(ids, _decode(vlm, state, counts, max_new_tokens)):
-        kept = rows[i].kept
-        answers[i] = answer if kept is None else answer._replace(
-            visual_tokens=kept.visual_tokens)
-      bar.update(task, advance=len(ids))
-  return answers
+  for ids, state in _read(vlm, rows, batch_size, regroup, max_new_tokens - 1,
+                          SlotCount() if slots is None else slots):
+    counts = [min(max_new_tokens, limit - rows[i].positions) for i in ids]
+    answers = _decode(vlm, state, counts, max_new_tokens)
+    yield ids, [a if rows[i].kept is None else a._replace(
+        visual_tokens=rows[i].kept.visual_tokens) for i, a in zip(ids, answers)]
+
+
+def _named(row: Row, row_id: int, seed: int) -> Row:
+  """The row with its name for the random selector."""
+  if row.prune is None:
+    return row
+  return row._replace(prune=row.prune.replace(
+      row_ids=np.asarray([row_id], np.int32), seed=seed))
 
 
 def _check_requests(requests: Any) -> None:
@@ -124,8 +154,10 @@ def _read(vlm: Vlm, rows: Sequence[Row], batch_size: int, regroup: bool,
     parts = [group[at:at + batch_size] for at in range(0, len(group), batch_size)]
     if rows[group[0]].prune is not None and regroup:
       queue = ((ids, _together(rows, ids, batch_size).batch) for ids in parts)
-      yield from prefill_regrouped(vlm.segmented, queue, rows[group[0]].prune,
-                                   padded(room), slots)
+      names = np.zeros(len(rows), np.int32)  # by number of the prompt
+      names[group] = [rows[i].prune.row_ids[0] for i in group]
+      options = rows[group[0]].prune.replace(row_ids=names)
+      yield from prefill_regrouped(vlm.segmented, queue, options, padded(room), slots)
       continue
     for ids in parts:
       row = _together(rows, ids, batch_size if rows[ids[0]].kept is None else 1)
@@ -155,7 +187,10 @@ def _together(rows: Sequence[Row], ids: Sequence[int], batch_size: int) -> Row:
         values=join(1, *[s.values for s in states]),
         positions=states[0].positions)
     voco_positions = join(0, *[r.voco_positions for r in some])
-  return some[0]._replace(batch=batch, compressed=compressed,
+  prune = some[0].prune
+  if prune is not None:
+    prune = prune.replace(row_ids=join(0, *[r.prune.row_ids for r in some]))
+  return some[0]._replace(batch=batch, prune=prune, compressed=compressed,
                           voco_positions=voco_positions)
 
 

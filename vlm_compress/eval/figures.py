@@ -20,6 +20,7 @@ GREY, INK, FAINT = '#8a8f98', '#1d2129', '#d9dce1'
 FLOOR_MARKERS = {'random': 'x', 'uniform grid': 's', 'average pooling': 'D',
                  'average pooling + linear': 'P'}
 MAX_BINS = 40
+LEGEND_CHARACTERS = 160  # in a line of a report's figure
 
 
 def style_axes(ax: Any, xlabel: str = '', ylabel: str = '') -> None:
@@ -39,7 +40,7 @@ def method_colours(parts: Sequence[tables.Section]) -> dict[str, str]:
   """A colour for every method that is no floor, bound or reference."""
   names = []
   for part in parts:
-    names += [e.method for e in part.of_role('method') if e.method not in names]
+    names += [e.name for e in part.of_role('method') if e.name not in names]
   return {name: METHOD_COLOURS[i % len(METHOD_COLOURS)]
           for i, name in enumerate(names)}
 
@@ -47,10 +48,18 @@ def method_colours(parts: Sequence[tables.Section]) -> dict[str, str]:
 # ----------------------------------------------------- accuracy and tokens
 
 
-def draw_accuracy(figure: Any, parts: Sequence[tables.Section]) -> None:
-  """Accuracy against layer-average tokens, with floors and references."""
+def draw_accuracy(figure: Any, parts: Sequence[tables.Section], *,
+                  ylabel: str = 'accuracy, %', most: float = 100.0) -> None:
+  """Accuracy against layer-average tokens, with floors and references.
+
+  Args:
+    figure: Figure.
+    parts: of a table.
+    ylabel: what accuracy is called.
+    most: its value at a share of 1.
+  """
   ax = figure.subplots()
-  series: dict[tuple[str, bool, str], list[tuple[tables.Entry, float]]] = {}
+  series: dict[Any, list[tuple[tables.Entry, float]]] = {}
   for part in parts:
     shown = [entry for entry in part.entries if entry.role != 'reference']
     step = min(0.05, 0.3 / max(len(shown), 1))
@@ -58,66 +67,90 @@ def draw_accuracy(figure: Any, parts: Sequence[tables.Section]) -> None:
       # Markers of one budget are set apart a little (at most 0.15 octaves
       # either way), or they would hide each other.
       shift = 2 ** (step * (index - (len(shown) - 1) / 2))
-      series.setdefault((entry.method, entry.trained, entry.role), []).append(
+      series.setdefault(series_of(entry), []).append(
           (entry, entry.average_tokens * shift))
-  colours = method_colours(parts)
-  for key in sorted(series, key=lambda key: tables.ROLES.index(key[2])):
-    _draw_series(ax, key, sorted(series[key], key=lambda pair: pair[1]),
-                 colours.get(key[0], GREY))
-  style_axes(ax, 'visual tokens, mean over decoder layers (log scale)',
-             'accuracy, %')
+  draw_all_series(ax, series, method_colours(parts), most)
+  style_axes(ax, 'visual tokens, mean over decoder layers (log scale)', ylabel)
   references = [e for part in parts for e in part.of_role('reference')]
   full = [e for e in references if tables.is_full(e)]
   _token_axis(ax, [entry.average_tokens for part in parts
                    for entry in part.entries
                    if entry.role != 'reference' or tables.is_full(entry)])
   for entry in full:
-    ax.plot(entry.average_tokens, 100 * entry.accuracy, marker='*',
+    ax.plot(entry.average_tokens, most * entry.accuracy, marker='*',
             markersize=11, color=INK, zorder=5)
-  _draw_references(ax, references)
+  _draw_references(ax, references, most)
+  legend_below(figure, ax)
+
+
+def legend_below(figure: Any, ax: Any) -> None:
+  """The legend of an axes below the figure, if it has any."""
   handles, names = ax.get_legend_handles_labels()
   if handles:
+    columns = int(LEGEND_CHARACTERS / (8 + max(map(len, names))))
     figure.legend(handles, names, loc='outside lower center', frameon=False,
-                  fontsize=8, labelcolor=INK, ncols=4)
+                  fontsize=8, labelcolor=INK, ncols=min(4, max(1, columns)))
+
+
+def series_of(entry: tables.Entry) -> tuple[str, bool, str]:
+  """Lines with the same are joined in a figure."""
+  return entry.name, entry.trained, entry.role
+
+
+def draw_all_series(ax: Any, series: Mapping[Any, Sequence[tuple[tables.Entry, float]]],
+                    colours: Mapping[str, str], most: float) -> None:
+  """Lines with intervals, floors below methods.
+
+  Args:
+    ax: Axes.
+    series: series_of -> (entry, x).
+    colours: of methods, by their name.
+    most: value at a share of 1.
+  """
+  for key in sorted(series, key=lambda key: tables.ROLES.index(key[2])):
+    _draw_series(ax, key, sorted(series[key], key=lambda pair: pair[1]),
+                 colours.get(key[0], GREY), most)
 
 
 def _draw_series(ax: Any, key: tuple[str, bool, str],
                  pairs: Sequence[tuple[tables.Entry, float]],
-                 colour: str) -> None:
-  method, trained, role = key
+                 colour: str, most: float) -> None:
+  name, trained, role = key
   entries, x = zip(*pairs)
-  y = 100 * np.array([entry.accuracy for entry in entries])
-  ci = 100 * np.array([entry.ci95 for entry in entries]).T
+  y = most * np.array([entry.accuracy for entry in entries])
+  ci = most * np.array([entry.ci95 for entry in entries]).T
   main = role == 'method'
-  marker = ('o' if main else 'v' if role == 'bound' else
-            FLOOR_MARKERS.get(method, '.'))
+  marker = ('o' if main else 'v' if role == 'bound' else '^' if role == 'reference' else
+            FLOOR_MARKERS.get(entries[0].method, '.'))
   filled = {} if trained or marker == 'x' else {'markerfacecolor': 'white'}
   ax.errorbar(
       x, y, yerr=np.maximum([y - ci[0], ci[1] - y], 0),
-      label=method if trained or role == 'bound' else (
-          f'{method} (training-free)'),
+      label=name if trained or role == 'bound' else (
+          f'{name} (training-free)'),
       color=INK if role == 'bound' else colour, marker=marker,
       markersize=7 if main else 5, linewidth=1.8 if main else 0.9,
       linestyle='-' if main else ':', elinewidth=1.2 if main else 0.8,
       capsize=2.5, zorder=4 if main else 3, **filled)
 
 
-def _draw_references(ax: Any, entries: Sequence[tables.Entry]) -> None:
+def _draw_references(ax: Any, entries: Sequence[tables.Entry], most: float) -> None:
   """Horizontal lines; their names stand right of the axes, kept apart."""
   lines = sorted(entries, key=lambda entry: entry.accuracy)
   for entry in lines:
     full = tables.is_full(entry)
-    ax.axhline(100 * entry.accuracy, color=INK if full else GREY,
+    ax.axhline(most * entry.accuracy, color=INK if full else GREY,
                linewidth=1.2 if full else 0.9, linestyle='--', zorder=2)
   ax.margins(y=0.06)
   ax.autoscale_view()
   low, high = ax.get_ylim()
-  ax.set_ylim(max(low, -2.0), min(high, 102.0))
+  ax.set_ylim(max(low, -0.02 * most), min(high, 1.02 * most))
   gap = 0.052 * (ax.get_ylim()[1] - ax.get_ylim()[0])
   last = -np.inf
   for entry in lines:
-    last = max(100 * entry.accuracy, last + gap)
-    ax.annotate(f'{entry.method}  {tables.percent(entry.accuracy)}', (1.01, last),
+    last = max(most * entry.accuracy, last + gap)
+    value = (tables.percent(entry.accuracy) if most == 100 else
+             f'{most * entry.accuracy:.1f}')
+    ax.annotate(f'{entry.name}  {value}', (1.01, last),
                 xycoords=('axes fraction', 'data'), fontsize=8, color=INK,
                 va='center', annotation_clip=False)
 

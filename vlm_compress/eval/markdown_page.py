@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from vlm_compress.eval import blocks, tables
 from vlm_compress.eval import page as page_lib
-from vlm_compress.eval import tables
+from vlm_compress.eval.markdown_parts import rows as _md_table
+from vlm_compress.eval.markdown_parts import text as _md
 
 
 def render(page: page_lib.Page) -> str:
@@ -37,8 +38,8 @@ def render(page: page_lib.Page) -> str:
               'Pictures with keep maps: `report.html`.', '']
     lines += _md_table(
         ('question', 'answer', 'predictions'),
-        [(_md(e['question']), _md(e['answer']), '; '.join(
-            f'{_md(m)}: {_md(p)}' for m, p in e['predictions'].items()))
+        [(_md(e.question), _md(e.answer), '; '.join(
+            f'{_md(reply.name)}: {_md(reply.text)}' for reply in e.replies))
          for e in page.examples], left=3)
     lines += ['', _md(page.attribution)]
   if page.stages:
@@ -51,20 +52,9 @@ def render(page: page_lib.Page) -> str:
     if values:
       lines += ['', f'## {heading}', '']
       lines += [f'- `{key}`: {_md(value)}'
-                for key, value in page_lib.flat(values)]
+                for key, value in blocks.flat(values)]
   return '\n'.join(lines) + '\n'
-
-
-def _md(value: Any) -> str:
-  """One line of Markdown text that keeps its characters."""
-  return re.sub(r'([\\|*_`<>\[\]])', r'\\\1', ' '.join(str(value).split()))
 
 
 def _escaped(cells: Iterable[Any]) -> list[str]:
   return [_md(cell) for cell in cells]
-
-
-def _md_table(columns: Sequence[str], rows: Iterable[Sequence[str]],
-              left: int) -> list[str]:
-  rule = [':--' if i < left else '--:' for i in range(len(columns))]
-  return [f'| {" | ".join(line)} |' for line in (columns, rule, *rows)]

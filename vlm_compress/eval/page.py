@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_compress.eval import tables
+from vlm_compress.eval import blocks, tables
 
 TITLE = 'Visual token compression: measured results'
 HOW_TO_READ = (
@@ -41,8 +41,7 @@ class Page:
     attribution: of the pictures; addresses in it become links.
     accuracy_url, kept_url: figures as data URLs; kept_url may be None.
     kept_percentiles: rows of KEPT_COLUMNS.
-    examples: [{'question', 'answer', 'predictions': {method: text},
-      'figures': {method: (data URL, number of pictures side by side)}}].
+    examples: with a strip of keep maps a method.
     stages: [{'name', 'seconds', 'steps'}].
     config, versions: shown as they are.
   """
@@ -52,7 +51,7 @@ class Page:
   accuracy_url: str
   kept_url: str | None
   kept_percentiles: Sequence[Sequence[str]]
-  examples: Sequence[Mapping[str, Any]]
+  examples: Sequence[blocks.Example]
   stages: Sequence[Mapping[str, Any]]
   config: Mapping[str, Any]
   versions: Mapping[str, Any]
@@ -86,16 +85,16 @@ def _kind_cell(score: Mapping[str, Any] | None) -> str:
   return f'{100 * score["accuracy"]:.1f} [{100 * low:.1f}, {100 * high:.1f}]'
 
 
-def flat(values: Mapping[str, Any], prefix: str = ''
-         ) -> list[tuple[str, Any]]:
-  """Nested mappings as dotted names."""
-  found = []
-  for key, value in values.items():
-    if isinstance(value, Mapping) and value:
-      found += flat(value, f'{prefix}{key}.')
-    else:
-      found.append((f'{prefix}{key}', value))
-  return found
+def kept_table(page: Page) -> blocks.Table:
+  """The table below the figure of kept tokens."""
+  return blocks.Table(KEPT_COLUMNS, [
+      blocks.Line(tuple(row)) for row in page.kept_percentiles], left=2)
+
+
+def credit(attribution: str) -> str:
+  """Whose the pictures are, and what was done to them."""
+  return (f'{attribution} Shown here with dropped cells faded out; these figures are '
+          'under the same licence.')
 
 
 def duration(seconds: float) -> str:

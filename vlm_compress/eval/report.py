@@ -23,10 +23,18 @@ import numpy as np
 
 from vlm_compress.atomic import replace, write_text
 from vlm_compress.config import ConfigError, check
-from vlm_compress.eval import figures, html_page, markdown_page, tables
+from vlm_compress.eval import (
+  blocks,
+  figures,
+  html_page,
+  html_parts,
+  markdown_page,
+  scoring,
+  tables,
+)
 from vlm_compress.eval import page as page_lib
 
-DPI = 200
+DPI, PHOTO_DPI = 200, 130
 FIGURE_WIDTH = 9.6  # Inches; the page scales it to its width.
 
 
@@ -129,8 +137,8 @@ def kept_percentiles(parts: Sequence[tables.Section], labels: Sequence[str]
                      ) -> list[tuple[str, ...]]:
   """(method, module, mean, std, p50, p90, p99) of rows with kept_counts."""
   lines = []
-  for label, counts in _kept_counts(parts).items():
-    for module, name in enumerate(_named(labels, counts.shape[1])):
+  for label, (counts, names) in _kept_counts(parts, labels).items():
+    for module, name in enumerate(names):
       kept = counts[:, module]
       p50, p90, p99 = np.percentile(kept, (50, 90, 99))
       lines.append((label, name, f'{kept.mean():.1f}', f'{kept.std():.1f}',
@@ -141,11 +149,12 @@ def kept_percentiles(parts: Sequence[tables.Section], labels: Sequence[str]
 def _page(report: Mapping[str, Any], parts: Sequence[tables.Section],
           missing: Sequence[str]) -> page_lib.Page:
   labels = module_labels(report)
+  kept = kept_png(parts, labels)
   return page_lib.Page(
       parts=parts, missing=missing,
       attribution=report.get('attribution') or '',
-      accuracy_url=_data_url(accuracy_png(parts)),
-      kept_url=_data_url(kept_png(parts, labels)),
+      accuracy_url=html_parts.data_url(accuracy_png(parts)),
+      kept_url=kept and html_parts.data_url(kept),
       kept_percentiles=kept_percentiles(parts, labels),
       examples=[_page_example(example, labels, index)
                 for index, example in enumerate(report.get('examples') or ())],
@@ -244,10 +253,10 @@ class _Printer:
 # ---------------------------------------------------------------- figures
 
 
-def accuracy_png(parts: Sequence[tables.Section]) -> bytes:
-  """Accuracy against layer-average tokens, as PNG."""
+def accuracy_png(parts: Sequence[tables.Section], **options: Any) -> bytes:
+  """Accuracy against layer-average tokens, as PNG; see figures.draw_accuracy."""
   figure = new_figure(FIGURE_WIDTH, 4.6)
-  figures.draw_accuracy(figure, parts)
+  figures.draw_accuracy(figure, parts, **options)
   return png(figure)
 
 
@@ -267,46 +276,54 @@ def kept_png(parts: Sequence[tables.Section],
                                 else std)
   if not lines:
     return None
-  counts = _kept_counts(parts)
+  counts = _kept_counts(parts, labels)
   rows = -(-len(counts) // 2)
   figure = new_figure(FIGURE_WIDTH, 2.7 * (1 + rows))
   grid = figure.add_gridspec(1 + rows, 2)
   figures.draw_kept_per_layer(figure.add_subplot(grid[0, :]), lines)
-  for index, (label, kept) in enumerate(counts.items()):
+  for index, (label, (kept, names)) in enumerate(counts.items()):
     place = grid[1 + index // 2, index % 2 if len(counts) > 1 else slice(None)]
     ax = figure.add_subplot(place)
     colour = list(lines).index(label) if label in lines else index
     figures.draw_kept_counts(
-        ax, kept, _named(labels, kept.shape[1]),
+        ax, kept, names,
         colour=figures.METHOD_COLOURS[colour % len(figures.METHOD_COLOURS)])
     ax.set_title(label, fontsize=9, color=figures.INK)
   return png(figure)
 
 
 def _page_example(example: Mapping[str, Any], labels: Sequence[str],
-                  index: int) -> dict[str, Any]:
+                  index: int) -> blocks.Example:
   """The example with one figure a method in place of picture and maps."""
   image = _decode_image(example['image_png_base64'], index)
-  maps = example.get('keep_maps') or {}
-  strips = {method: _strip(image, keep_maps, labels,
-                           (example.get('thresholds') or {}).get(method))
-            for method, keep_maps in maps.items()}
-  if not strips:
-    strips = {'': _strip(image, [], labels, None)}
-  return {'question': example['question'], 'answer': example['answer'],
-          'predictions': dict(example['predictions']),
-          'figures': {method: (_data_url(png), 1 + len(maps.get(method, ())))
-                      for method, png in strips.items()}}
+  maps = example.get('keep_maps') or {'': []}
+  strips = [blocks.Strip(
+      f'example{index}-{method}', method,
+      keep_map_strip(image, keep_maps, labels,
+                     (example.get('thresholds') or {}).get(method)),
+      1 + len(keep_maps)) for method, keep_maps in maps.items()]
+  wanted = scoring.normalise(example['answer'])
+  return blocks.Example(example['question'], example['answer'], strips, [
+      blocks.Reply(method, text, scoring.normalise(text) == wanted)
+      for method, text in example['predictions'].items()])
 
 
-def _strip(image: np.ndarray, keep_maps: Sequence[Any], labels: Sequence[str],
-           thresholds: Sequence[Sequence[float]] | None) -> bytes:
+def keep_map_strip(image: np.ndarray, keep_maps: Sequence[Any], labels: Sequence[str],
+                   thresholds: Sequence[Sequence[float]] | None = None,
+                   photo: bool = False) -> bytes:
+  """The picture, and beside it what is kept after each module, as PNG.
+
+  Args:
+    image, keep_maps, thresholds: see figures.draw_keep_maps.
+    labels: of the modules; numbers where they do not fit.
+    photo: as JPEG, a tenth of the size.
+  """
   columns = 1 + len(keep_maps)
   figure = new_figure(1.8 * columns, 2.35)
   axes = figure.subplots(1, columns, squeeze=False)[0]
   figures.draw_keep_maps(axes, image, keep_maps,
                          _named(labels, len(keep_maps)), thresholds)
-  return png(figure)
+  return jpeg(figure) if photo else png(figure)
 
 
 def _decode_image(text: str, index: int) -> np.ndarray:
@@ -326,20 +343,23 @@ def _kept_rows(entry: tables.Entry, field: str) -> np.ndarray | None:
   return None if missing else np.mean(values, 0)
 
 
-def _kept_counts(parts: Sequence[tables.Section]) -> dict[str, np.ndarray]:
-  """Label -> int[instances of all seeds, modules], where rows have them."""
+def _kept_counts(parts: Sequence[tables.Section], labels: Sequence[str]
+                 ) -> dict[str, tuple[np.ndarray, list[str]]]:
+  """Label -> int[instances of all seeds, modules] and the modules' names."""
   found = {}
   for part in parts:
     for entry in part.of_role('method'):
       counts = [row['kept_counts'] for row in entry.rows
                 if row.get('kept_counts') is not None]
       if counts:
-        found[_label(entry)] = np.concatenate([np.asarray(c) for c in counts])
+        both = np.concatenate([np.asarray(c) for c in counts])
+        names = entry.rows[0].get('module_labels', labels)
+        found[_label(entry)] = both, _named(names, both.shape[1])
   return found
 
 
 def _label(entry: tables.Entry) -> str:
-  return f'{entry.method}, {entry.average_tokens:.3g} tokens on average'
+  return f'{entry.name}, {entry.average_tokens:.3g} tokens on average'
 
 
 def _named(labels: Sequence[str], count: int) -> list[str]:
@@ -362,7 +382,9 @@ def png(figure: Any) -> bytes:
   return buffer.getvalue()
 
 
-def _data_url(png: bytes | None) -> str | None:
-  if png is None:
-    return None
-  return 'data:image/png;base64,' + base64.b64encode(png).decode('ascii')
+def jpeg(figure: Any) -> bytes:
+  """The figure as JPEG."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='jpeg', dpi=min(DPI, PHOTO_DPI),
+                 pil_kwargs={'quality': 85})
+  return buffer.getvalue()

@@ -87,22 +87,39 @@ def bootstrap_means(values: np.ndarray, image_ids: Sequence[Hashable], *,
   values = np.asarray(values, np.float64)
   _check_aligned(values=values, image_ids=image_ids)
   columns = values if values.ndim == 2 else values[:, None]
+  totals = bootstrap_totals(
+      np.hstack([columns, np.ones((len(columns), 1))]), image_ids, seed=seed,
+      num_resamples=num_resamples)
+  means = totals[:, :-1] / totals[:, -1:]
+  return means if values.ndim == 2 else means[:, 0]
+
+
+def bootstrap_totals(values: np.ndarray, image_ids: Sequence[Hashable], *,
+                     seed: int = 0, num_resamples: int = NUM_RESAMPLES
+                     ) -> np.ndarray:
+  """Sums of resampled test sets, for any number that is made of sums.
+
+  Args:
+    values: float[Q, X], what is summed.
+    image_ids, seed, num_resamples: as for `bootstrap_means`, whose draws these
+      are.
+
+  Returns:
+    float[R, X].
+  """
   order = {key: i for i, key in enumerate(sorted(set(image_ids), key=repr))}
   cluster = np.array([order[key] for key in image_ids])
   num_images = len(order)
-  sums = np.zeros((num_images, columns.shape[1] + 1))
-  np.add.at(sums[:, :-1], cluster, columns)
-  sums[:, -1] = np.bincount(cluster, minlength=num_images)
+  sums = np.stack([np.bincount(cluster, column, num_images)
+                   for column in np.asarray(values, np.float64).T], 1)
   rng = np.random.default_rng(seed)
   shares = np.full(num_images, 1.0 / num_images)
   chunk = max(1, _CHUNK_VALUES // num_images)
-  means = []
+  totals = []
   for start in range(0, num_resamples, chunk):
     size = min(chunk, num_resamples - start)
-    totals = rng.multinomial(num_images, shares, size) @ sums
-    means.append(totals[:, :-1] / totals[:, -1:])
-  means = np.concatenate(means)
-  return means if values.ndim == 2 else means[:, 0]
+    totals.append(rng.multinomial(num_images, shares, size) @ sums)
+  return np.concatenate(totals)
 
 
 def mean_with_interval(values: np.ndarray, image_ids: Sequence[Hashable], *,
@@ -130,8 +147,7 @@ def mean_with_interval(values: np.ndarray, image_ids: Sequence[Hashable], *,
   num_images = len(set(image_ids))
   mean = float(values.mean())
   if np.ptp(values) == 0.0:
-    share = 1.0 - TAIL ** (1.0 / num_images)
-    ci = (mean - share * (mean - low), mean + share * (high - mean))
+    ci = no_exception(mean, num_images, value_range)
   elif num_images == 1:
     ci = (low, high)
   else:
@@ -139,6 +155,13 @@ def mean_with_interval(values: np.ndarray, image_ids: Sequence[Hashable], *,
                             num_resamples=num_resamples)
     ci = np.quantile(means, (TAIL, 1.0 - TAIL))
   return Interval(mean, (float(ci[0]), float(ci[1])), len(values), num_images)
+
+
+def no_exception(mean: float, num_images: int, value_range: tuple[float, float]
+                 ) -> tuple[float, float]:
+  """The interval where no image differs; see `mean_with_interval`."""
+  share, (low, high) = 1.0 - TAIL ** (1.0 / num_images), value_range
+  return mean - share * (mean - low), mean + share * (high - mean)
 
 
 def score(predictions: Sequence[str], answers: Sequence[str],

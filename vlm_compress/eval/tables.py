@@ -6,9 +6,12 @@ a section whose floors are missing is an error and not a table.
 
 A result row is one dict per (method, budget, seed), see REQUIRED.  Optional:
 kept_per_layer and kept_std_per_layer float[layers]; kept_counts
-int[instances][modules], tokens kept after each module; differences, {floor:
-{'mean', 'ci95'}}, the paired difference to a floor of the same budget, where
-an untrained floor is named 'random (training-free)'.
+int[instances][modules], tokens kept after each module, whose names are in
+module_labels; differences, {floor: {'mean', 'ci95'}}, the paired difference to
+a floor of the same budget, where an untrained floor is named 'random
+(training-free)'.  Rows of a sweep besides: checkpoint; line, the same in rows
+that differ in the seed only; variant, what tells lines of one method apart;
+placement, the layers behind which tokens are cut.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_compress.config import ConfigError, check
@@ -56,6 +59,7 @@ class Entry:
     n: questions.
     ratio, retention: mean over seeds; None when a seed has none.
     rows: the rows behind this line.
+    checkpoint, variant, placement: as in the rows, or empty.
   """
   method: str
   trained: bool
@@ -71,6 +75,14 @@ class Entry:
   ratio: float | None
   retention: float | None
   rows: tuple[Row, ...]
+  checkpoint: str = ''
+  variant: str = ''
+  placement: tuple[int, ...] = ()
+
+  @property
+  def name(self) -> str:
+    """'random', or 'random (cut after 4, 14)' where there is another."""
+    return f'{self.method} ({self.variant})' if self.variant else self.method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,22 +159,39 @@ def sections(rows: Sequence[Row]) -> list[Section]:
   return [Section(budget, tuple(_sorted(members[budget]))) for budget in order]
 
 
+def floors_for(parts: Sequence[Section], part: Section, entry: Entry) -> list[Entry]:
+  """The floors of a section that a method is measured against.
+
+  Those of its own checkpoint, or if that has none anywhere, of the others; and
+  of several of one kind those that cut where the method cuts.
+  """
+  own = any(floor.checkpoint == entry.checkpoint for some in parts
+            for floor in some.of_role('floor'))
+  floors = [floor for floor in part.of_role('floor')
+            if not own or floor.checkpoint == entry.checkpoint]
+  same = {floor.method for floor in floors if floor.placement == entry.placement}
+  return [floor for floor in floors
+          if floor.placement == entry.placement or floor.method not in same]
+
+
 def problems(parts: Sequence[Section]) -> list[str]:
   """What keeps the table from being a fair comparison; empty when nothing."""
   found = []
-  counts = {entry.n for part in parts for entry in part.entries}
+  counts = {row['n'] for part in parts for entry in part.entries for row in entry.rows}
   if len(counts) > 1:
     found.append('the rows were scored on different numbers of questions '
                  f'{sorted(counts)}')
   for part in parts:
-    methods = part.of_role('method')
-    present = {entry.method for entry in part.entries}
-    missing = [floor for floor, names in FLOORS.items()
-               if not present & set(names)]
-    if methods and missing:
-      names = ', '.join(entry.method for entry in methods)
-      found.append(f'{names} at {part.budget:.3g} layer-average tokens lacks '
-                   f'the floor rows {", ".join(missing)} at that budget')
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for entry in part.of_role('method'):
+      present = {floor.method for floor in floors_for(parts, part, entry)}
+      missing = tuple(floor for floor, names in FLOORS.items()
+                      if not present & set(names))
+      if missing:
+        lacking.setdefault(missing, []).append(entry.name)
+    found += [f'{", ".join(names)} at {part.budget:.3g} layer-average tokens lacks '
+              f'the floor rows {", ".join(missing)} at that budget'
+              for missing, names in lacking.items()]
   return found
 
 
@@ -182,26 +211,35 @@ def checked_sections(rows: Sequence[Row], allow_partial: bool
   return parts, found
 
 
-def findings(parts: Sequence[Section]) -> list[str]:
-  """One plain sentence for each compressed method, with its best floor."""
+def findings(parts: Sequence[Section], metric: str = 'accuracy', most: float = 100.0,
+             show: Callable[[float], str] | None = None) -> list[str]:
+  """One plain sentence for each compressed method, with its best floor.
+
+  Args:
+    parts: of the table.
+    metric: what accuracy is called.
+    most: its value at a share of 1; differences are given in these points.
+    show: a share as text; None is per cent.
+  """
+  show = show or percent
   full = next((entry for part in parts for entry in part.entries
                if is_full(entry)), None)
   lines = []
   for part in parts:
-    floors = part.of_role('floor')
-    best = max(floors, key=lambda entry: entry.accuracy) if floors else None
     for entry in part.of_role('method'):
-      line = f'{entry.method}: {entry.average_tokens:.3g}'
+      floors = floors_for(parts, part, entry)
+      line = f'{entry.name}: {entry.average_tokens:.3g}'
       if full is not None:
         line += f' of {full.average_tokens:.3g}'
-      line += f' visual tokens on average, accuracy {percent(entry.accuracy)}'
+      line += f' visual tokens on average, {metric} {show(entry.accuracy)}'
       if entry.ratio is not None:
         line += f', {percent(entry.ratio)} of full'
       if entry.retention is not None:
         line += f', retention {entry.retention:.3f}'
-      if best is not None:
-        line += f'; best floor: {best.method} {percent(best.accuracy)}'
-        line += _verdict(entry, best)
+      if floors:
+        best = max(floors, key=lambda floor: floor.accuracy)
+        line += f'; best floor: {best.method} {show(best.accuracy)}'
+        line += _verdict(entry, best, most)
       lines.append(f'{line}.')
   return lines
 
@@ -260,12 +298,12 @@ def kinds(parts: Sequence[Section]) -> list[str]:
 
 def _join_seeds(rows: Sequence[Row]) -> list[list[Row]]:
   """Rows that differ in the seed only, and in the budget reached by it."""
+  told = lambda row: (row['method'], row['trained'], row.get('line'))
   groups: list[list[Row]] = []
   for row in rows:
     for group in groups:
       first = group[0]
-      if ((first['method'], first['trained']) ==
-          (row['method'], row['trained']) and
+      if (told(first) == told(row) and
           same_budget(first['layer_average_tokens'],
                       row['layer_average_tokens']) and
           row['seed'] not in [other['seed'] for other in group]):
@@ -290,7 +328,9 @@ def _entry(rows: Sequence[Row]) -> Entry:
       **_scores(rows),
       by_kind={k: _scores([row['by_kind'][k] for row in rows]) for k in shared},
       ratio=_mean([row['ratio_to_full'] for row in rows]),
-      retention=_mean([row['retention'] for row in rows]), rows=tuple(rows))
+      retention=_mean([row['retention'] for row in rows]), rows=tuple(rows),
+      checkpoint=first.get('checkpoint') or '', variant=first.get('variant') or '',
+      placement=tuple(first.get('placement') or ()))
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:
@@ -311,14 +351,29 @@ def _sorted(entries: Sequence[Entry]) -> list[Entry]:
       -entry.accuracy if entry.role == 'floor' else 0.0))
 
 
-def _verdict(entry: Entry, best: Entry) -> str:
+def floor_name(floor: Entry) -> str:
+  """What `differences` calls a floor."""
+  return floor.method + ('' if floor.trained else ' (training-free)')
+
+
+def paired(entry: Entry, name: str) -> tuple[float, float, float] | None:
+  """Difference to a floor in shares, (mean, low, high), over all seeds.
+
+  The interval reaches from the seeds' lowest end to their highest; None where
+  a seed was not compared.
+  """
+  found = [(row.get('differences') or {}).get(name) for row in entry.rows]
+  if None in found:
+    return None
+  return (_mean([one['mean'] for one in found]), min(one['ci95'][0] for one in found),
+          max(one['ci95'][1] for one in found))
+
+
+def _verdict(entry: Entry, best: Entry, most: float) -> str:
   """How a method stands to its best floor: paired if the rows say so."""
-  name = best.method + ('' if best.trained else ' (training-free)')
-  paired = [row.get('differences', {}).get(name) for row in entry.rows]
-  if None not in paired:
-    low = 100 * min(pair['ci95'][0] for pair in paired)
-    high = 100 * max(pair['ci95'][1] for pair in paired)
-    mean = 100 * _mean([pair['mean'] for pair in paired])
+  found = paired(entry, floor_name(best))
+  if found is not None:
+    mean, low, high = (most * share for share in found)
     text = f', difference {mean:+.1f} points [{low:+.1f}, {high:+.1f}]'
     sure = low > 0
   else:

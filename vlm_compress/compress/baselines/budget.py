@@ -74,8 +74,9 @@ def at_budget(base: LlavaConfig, method: str, tokens: float,
   check(not prune_after or method in IN_LAYERS, f'prune_after={prune_after}: '
         f'{method} acts in front of all layers')
   if method in SHORTER:
-    found = dataclasses.replace(plain, resampler=method, num_query_tokens=(
-        _nearest(_possible(plain, method), tokens)))
+    count = (pooling_count(tokens) if method == 'avg_pool' else
+             _nearest(_possible(plain, method), tokens))
+    found = dataclasses.replace(plain, resampler=method, num_query_tokens=count)
   else:
     found = dataclasses.replace(plain, atp=_atp(
         plain, method, tokens, prune_after))
@@ -86,20 +87,26 @@ def at_budget(base: LlavaConfig, method: str, tokens: float,
   return found
 
 
+def pooling_count(tokens: float) -> int:
+  """The count nearest to a budget that pools to a near-square grid.
+
+  17 tokens could only be full-height strips; 16 are 4 x 4.  Ties go up, in the
+  floor's favour.
+  """
+  good = lambda n: max(pooled_grid(n)) <= 2 * min(pooled_grid(n))
+  return _nearest([n for n in range(1, 4 * math.ceil(tokens) + 4) if good(n)], tokens)
+
+
 def _nearest(counts: list[int], tokens: float) -> int:
   """The count nearest to an average; the larger one of two, in its favour."""
   return min(counts, key=lambda n: (abs(n - tokens), -n))
 
 
 def _possible(config: LlavaConfig, method: str) -> list[int]:
-  """Counts of visual tokens that a method in front of the decoder can give."""
-  P = config.num_patches
+  """Counts of visual tokens that a smaller picture or VisionZip can give."""
   if method == 'downsample':
     return [n * n for n in range(1, config.vision.grid_size + 1)]
-  if method == 'visionzip':
-    return list(range(2, P + 1))
-  return [n for n in range(1, P + 1)
-          if max(pooled_grid(n)) <= 2 * min(pooled_grid(n))]
+  return list(range(2, config.num_patches + 1))
 
 
 def _atp(config: LlavaConfig, method: str, tokens: float,

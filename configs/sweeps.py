@@ -1,0 +1,52 @@
+"""Sweeps: a grid of checkpoints, methods, budgets, benchmarks and seeds.
+
+Command:   vlm-compress sweep --config=configs/sweeps.py:tiny --out=sweeps/tiny
+           vlm-compress sweep --config=configs/sweeps.py:llava_7b --out=sweeps/llava_7b \
+             --config.checkpoints.base=llava7b --config.checkpoints.atp=runs/llava_7b/atp/model
+Hardware:  tiny: 2 CPU cores.  llava_7b: a TPU host or several (--distributed), its
+           models converted (vlm-compress convert) or trained (configs/llava_7b.py).
+Hours:     none was computed or measured for llava_7b.
+Expected:  tiny: the orderings of the README's quickstart table.  llava_7b: not run yet;
+           the papers' numbers are 62.0 GQA and 78.5 VQAv2 for the full model, and
+           98.1 % of it with ATP at 144 tokens (arXiv 2412.00447, table 1).
+
+A checkpoint that is '' is left out, with its methods.  `{seed}` in a path is filled
+with each of the seeds.  `methods` are (checkpoint, method, budgets); floors, bounds
+and the full model are added (vlm_compress/eval/sweep_plan.py).
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+COMMON = {'base': 'base', 'seeds': (0,), 'limit': 0, 'shards': 16, 'tensor': 1,
+          'template': '', 'allow_partial': False, 'calibrate_with': '',
+          'calibrate_data_root': ''}
+
+
+def get_config(name: str = 'tiny') -> ConfigDict:
+  """The config of a sweep: tiny or llava_7b."""
+  return ConfigDict({**COMMON, **{
+      'tiny': {
+          # what `vlm-compress quickstart` ships and leaves behind
+          'checkpoints': {'base': 'vlm_compress/checkpoints/quickstart',
+                          'voco8': 'quickstart/voco8/model',
+                          'atp': 'quickstart/atp/model'},
+          'methods': (('voco8', 'voco', (8,)), ('voco8', 'voco', (4,)),
+                      ('atp', 'atp', (12, 16, 24))),
+          'benchmarks': {'openmoji_grid': 'quickstart'},
+          'seeds': (0, 1, 2), 'batch_size': 16,
+          # shifts are found on the training split
+          'calibrations': {'atp': ''}, 'calibrate_with': 'configs/quickstart.py:atp',
+          'calibrate_data_root': 'quickstart'},
+      'llava_7b': {
+          'checkpoints': {'base': 'llava7b', 'voco': '', 'atp': ''},
+          'methods': (('voco', 'voco', ()), ('atp', 'atp', (88, 144, 192))),
+          # the seven of ATP-LLaVA's table 1; VQAv2's val, which is scored here
+          'benchmarks': {'gqa': 'eval', 'mmbench': 'eval', 'mme': 'eval', 'pope': 'eval',
+                         'seed': 'eval', 'scienceqa': 'eval', 'vqav2': 'eval'},
+          'batch_size': 16,
+          # of vlm-compress calibrate --target-tokens 88 144 192 --out: not on these
+          # benchmarks
+          'calibrations': {'atp': 'calibrations/atp.json'}},
+  }[name]}, convert_dict=True)

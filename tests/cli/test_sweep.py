@@ -1,0 +1,165 @@
+"""vlm-compress sweep: a small grid, a cell that crashes, floors that lack."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import core_helpers as helpers
+import pytest
+import small_benchmark
+
+from vlm_compress.cli import __main__ as cli
+from vlm_compress.cli import benchmark_run, sweep
+from vlm_compress.config import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = '''
+from ml_collections import ConfigDict
+def get_config():
+  return ConfigDict({
+      'checkpoints': {'base': 'FOLDER/voco', 'voco': 'FOLDER/voco', 'atp': ''},
+      'methods': (('voco', 'voco', (2,)), ('atp', 'atp', (8, 10))), 'base': 'base',
+      'benchmarks': {'gqa': 'FOLDER'}, 'seeds': (0,), 'limit': 0, 'shards': 2,
+      'batch_size': 4, 'tensor': 1, 'template': '', 'allow_partial': False,
+      'calibrations': {'atp': ''}, 'calibrate_with': '', 'calibrate_data_root': ''})
+'''
+CELLS = ['base--avg_pool--2--gqa--0', 'base--full--all--gqa--0',
+         'base--lower_bound--2--gqa--0', 'base--random--2--gqa--0',
+         'base--uniform--2--gqa--0', 'base--upper_bound--2--gqa--0', 'voco--voco--2--gqa--0']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  path = small_benchmark.write_gqa(tmp_path_factory.mktemp('sweep'))
+  small_benchmark.write_model(path / 'voco', helpers.voco_config())
+  small_benchmark.write_model(path / 'atp', helpers.atp_config())
+  (path / 'page.py').write_text(PAGE.replace('FOLDER', str(path)))
+  return path
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+  monkeypatch.setattr(benchmark_run, 'MAX_NEW_TOKENS', 2)
+
+
+def words(folder, *more, out='out'):
+  return ['sweep', f'--config={folder}/page.py', f'--out={folder / out}', *more]
+
+
+def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypatch):
+  assert cli.main(words(folder, '--dry-run')) == 0
+  said = capsys.readouterr()
+  assert said.out.splitlines() == [f'{name}: to do' for name in CELLS]
+  assert 'checkpoints.atp names no model' in said.err
+  run, ran = benchmark_run.run, []
+
+  def crash(out, *more):
+    ran.append(out.name)
+    if 'uniform' in out.name:
+      raise RuntimeError('out of\nmemory')
+    return run(out, *more)
+  monkeypatch.setattr(benchmark_run, 'run', crash)
+  assert cli.main(words(folder)) == 1
+  said = capsys.readouterr()
+  assert ran == CELLS
+  assert 'failed: base--uniform--2--gqa--0: memory' in said.err
+  assert 'no table: report: VoCo at 2 layer-average tokens lacks the floor rows uniform' in (
+      said.err.replace('\n', ' '))
+  assert 'retention' not in said.out and not (folder / 'out/table.csv').exists()
+  content = json.loads((folder / 'out/rows.json').read_text())
+  assert content['missing'] == ['base--uniform--2--gqa--0'] and content['partial']
+  assert 'RuntimeError: out of' in content['failed'][0]['error'] and len(content['rows']) == 6
+  assert cli.main(words(folder, '--allow-partial')) == 1
+  assert 'PARTIAL TABLE' in capsys.readouterr().out
+  ran.clear()
+  monkeypatch.setattr(benchmark_run, 'run', lambda out, *more: ran.append(out.name) or run(
+      out, *more))
+  assert cli.main(words(folder)) == 0
+  assert ran == ['base--uniform--2--gqa--0']
+  said = capsys.readouterr().out
+  assert 'gqa: GQA accuracy, n = 18' in said and 'VoCo' in said and 'PARTIAL' not in said
+  content = json.loads((folder / 'out/rows.json').read_text())
+  assert [row['cell'] for row in content['rows']] == CELLS and not content['failed']
+  assert not list((folder / 'out').rglob('error.txt'))
+  assert len((folder / 'out/table.csv').read_text().splitlines()) == 1 + len(CELLS)
+  assert 'VoCo' in (folder / 'out/report.md').read_text()
+  full, voco = content['rows'][1], content['rows'][-1]
+  assert full['agreement'] == 1.0 and voco['budget'] == voco['layer_average_tokens'] == 2
+  assert len(voco['differences']) == 3
+
+
+def runner(folder, tmp_path, **fields):
+  page = sweep.load_page(f'{folder}/page.py')
+  page.checkpoints.atp = str(folder / 'atp')
+  for name, value in fields.items():
+    page[name] = value
+  return page, sweep.Runner(page, tmp_path, print)
+
+
+def test_budgets_of_atp_are_calibrated_once(folder, tmp_path, monkeypatch):
+  page, one = runner(folder, tmp_path, calibrate_with='page.py:atp')
+  cells = [c for c in sweep.cells_of(page, print) if c.method == 'atp']
+  assert [c.budget for c in cells] == [8, 10]
+  calls = []
+
+  def calibrate(argv):
+    calls.append(argv)
+    path = next(a.partition('=')[2] for a in argv if a.startswith('--out='))
+    pathlib.Path(path).write_text(json.dumps({'calibrations': [
+        {'target': 8.0, 'shift': 0.25}, {'target': 10.0, 'shift': -0.5}]}))
+  monkeypatch.setattr(sweep.calibrate, 'main', calibrate)
+  assert [one._shift(c) for c in cells] == [0.25, -0.5]
+  assert len(calls) == 1 and calls[0][-3:] == ['--target-tokens', '8', '10']
+  _, none = runner(folder, tmp_path / 'none')
+  with pytest.raises(ConfigError, match='which shift gives atp 8 tokens is not known'):
+    none._shift(cells[0])
+  path = tmp_path / 'calibrations/atp-0.json'
+  with pytest.raises(ConfigError, match='has the budgets 8, 10, not 12'):
+    benchmark_run.calibrated(path, 12.0)
+
+
+def test_pages_that_are_none(folder, capsys):
+  assert cli.main(['sweep', f'--config={ROOT}/configs/quickstart.py:atp', '--out=x']) == 2
+  assert 'no page of a sweep' in capsys.readouterr().err
+  assert cli.main(words(folder, '--config.checkpoints.base=', '--dry-run')) == 2
+  assert 'name the uncompressed model' in capsys.readouterr().err
+  assert cli.main(words(folder, '--config.checkpoints.atp=nowhere', '--dry-run')) == 2
+  assert 'nowhere' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['tiny', 'llava_7b'])
+def test_pages_of_the_repository_load(name):
+  page = sweep.load_page(f'{ROOT}/configs/sweeps.py:{name}')
+  assert set(benchmark_run.runs.BENCHMARKS) >= set(page.benchmarks)
+  known = sweep.load_page(f'{ROOT}/configs/sweeps.py:tiny')
+  assert set(page) == set(known)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(folder, tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  assert cli.main(words(folder, out='one')) == 0
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu',
+                 'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+  start = ('import sys; from vlm_compress.cli import __main__ as cli, benchmark_run; '
+           'benchmark_run.MAX_NEW_TOKENS = 2; sys.exit(cli.main(sys.argv[1:]))')
+  with open(tmp_path / 'log', 'wb') as log:
+    both = [subprocess.Popen(
+        [sys.executable, '-c', start, *words(folder, out='two'), '--num-processes=2',
+         f'--coordinator=localhost:{port}', f'--process-id={i}'],
+        env=environment, stdout=log, stderr=subprocess.STDOUT) for i in range(2)]
+    codes = [process.wait(timeout=500) for process in both]
+  said = (tmp_path / 'log').read_text()
+  assert codes == [0, 0], said
+  assert '[4 of 4]' in said and '[3 of 3]' in said
+  rows = [[{k: v for k, v in row.items() if not k.startswith('latency')}
+           for row in json.loads((folder / out / 'rows.json').read_text())['rows']]
+          for out in ('one', 'two')]
+  assert rows[0] == rows[1]

@@ -1,0 +1,110 @@
+"""What a sweep plans, and how its rows stand to each other."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import core_helpers as helpers
+import pytest
+
+from vlm_compress.config import ConfigError
+from vlm_compress.eval import scoring, sweep_rows, sweep_table
+from vlm_compress.eval.benchmarks import gqa
+from vlm_compress.eval.benchmarks.question import Question, QuestionSet
+from vlm_compress.eval.result_schema import RESULT, TABLE
+from vlm_compress.eval.runs import Run
+from vlm_compress.eval.sweep_plan import Cell, plan
+
+BASE, ATP = helpers.voco_config(2), helpers.atp_config()
+CONFIGS = {('base', s): BASE for s in (0, 1)} | {('atp', s): ATP for s in (0, 1)}
+
+
+def names(*args, **options) -> list[str]:
+  return [cell.name for cell in plan(*args, **options)]
+
+
+def test_floors_and_bounds_are_planned_once():
+  got = names(CONFIGS, [('base', 'voco', (2, 1)), ('atp', 'atp', ())], ['gqa', 'pope'],
+              [0], 'base')
+  assert len(got) == len(set(got)) == 2 * (1 + 2 * 6 + 4)
+  assert [n for n in got if '--gqa--' in n] == [
+      'atp--atp--all--gqa--0', *[f'base--{n}--gqa--0' for n in (
+          'avg_pool--1', 'avg_pool--2', 'avg_pool--8', 'full--all', 'lower_bound--1',
+          'lower_bound--2', 'random--1', 'random--2', 'random@1,2,3--8', 'uniform--1',
+          'uniform--2', 'uniform@1,2,3--8', 'upper_bound--1', 'upper_bound--2', 'voco--1',
+          'voco--2')]]
+
+
+def test_seeds_of_what_they_change():
+  got = names(CONFIGS, [('atp', 'atp', (10,))], ['gqa'], [0, 1], 'base')
+  assert [n for n in got if n.endswith('--1')] == ['base--random@1,2,3--10--gqa--1']
+  got = names(CONFIGS, [('atp', 'atp', (10,))], ['gqa'], [0, 1], 'base', ['atp'])
+  assert [n for n in got if n.endswith('--1')] == [
+      'atp--atp--10--gqa--1', 'base--random@1,2,3--10--gqa--1']
+
+
+@pytest.mark.parametrize('wanted, message', [
+    ([('x', 'voco', ())], "no checkpoint 'x'; it has atp, base"),
+    ([('base', 'atp', ())], 'no ATP modules'), ([('base', 'vco', ())], 'is unknown'),
+    ([('atp', 'atp', (4,))], 'cannot be reached'), ([], 'needs benchmarks')])
+def test_mistakes_are_found_before_anything_runs(wanted, message):
+  with pytest.raises(ConfigError, match=message):
+    plan(CONFIGS, wanted, ['gqa'], [0], 'base')
+
+
+QUESTIONS = QuestionSet('gqa', pathlib.Path(), pathlib.Path(), tuple(
+    Question(str(i), 'q', 'q', f'{i}.jpg', answers=('yes',), groups={'structural': 'v'})
+    for i in range(20)))
+
+
+def run(method: str, right: int, tokens: float, budget=None) -> Run:
+  """A run with the first questions right."""
+  scores = gqa.score(QUESTIONS, {str(i): 'yes' if i < right else method
+                                 for i in range(20)})
+  result = dict.fromkeys(RESULT) | {
+      'method': method, 'accuracy': right / 20, 'layer_average_tokens': tokens,
+      'budget': budget, 'value_ci95': [0.0, 100.0], 'benchmark': 'gqa', 'split': '',
+      'trained': True, 'seed': 0, 'n': 20, 'n_benchmark': 20, 'partial': False}
+  return Run(pathlib.Path(method), {'model': {'atp': None}}, result, scores)
+
+
+def test_rows_stand_beside_full_bounds_and_floors():
+  cell = lambda method, budget=None, checkpoint='base': Cell(
+      checkpoint, 'gqa', method, budget, 0)
+  runs = {cell('full'): run('full', 16, 16), cell('upper_bound', 2.0): run('UB', 18, 16),
+          cell('lower_bound', 2.0): run('LB', 2, 2, 2.0),
+          cell('random', 2.0): run('random', 6, 2, 2.0),
+          cell('avg_pool', 2.0): run('average pooling', 4, 4, 2.0),  # other tokens
+          cell('voco', 2.0, 'v'): run('VoCo', 10, 2, 2.0)}
+  rows = {row['method']: row for row in sweep_rows.rows(runs)}
+  voco = rows['VoCo']
+  assert voco['ratio_to_full'] == pytest.approx(10 / 16)
+  assert voco['retention'] == pytest.approx((10 - 2) / (18 - 2))
+  assert voco['agreement'] == pytest.approx(10 / 20)  # wrong ones differ
+  assert voco['correct'] == '1' * 10 + '0' * 10
+  assert rows['random']['retention'] == pytest.approx(4 / 16)
+  assert rows['UB']['retention'] is None and rows['full']['retention'] is None
+  want = scoring.paired_difference([i < 10 for i in range(20)], [i < 6 for i in range(20)],
+                                   [f'{i}.jpg' for i in range(20)])
+  gap = voco['differences']
+  assert list(gap) == ['random (training-free)']
+  assert gap['random (training-free)']['mean'] == pytest.approx(want.mean)
+  assert gap['random (training-free)']['ci95'] == pytest.approx(want.ci95)
+  assert not rows['random']['differences']
+  del runs[cell('upper_bound', 2.0)], runs[cell('full')]
+  alone = {row['method']: row for row in sweep_rows.rows(runs)}['VoCo']
+  assert alone['retention'] is None and alone['ratio_to_full'] is None
+
+
+def test_the_table_as_csv_and_parquet(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow.parquet')
+  rows = sweep_rows.rows({Cell('base', 'gqa', 'full', None, 0): run('full', 16, 16)})
+  csv, parquet = sweep_table.write(tmp_path, rows)
+  lines = csv.read_text().splitlines()
+  assert lines[0].split(',') == list(TABLE) and len(lines) == 2
+  table = pyarrow.read_table(parquet)
+  assert table.column_names == list(TABLE)
+  one = table.to_pylist()[0]
+  assert (one['method'], one['accuracy'], one['budget'], one['n']) == ('full', 0.8, None, 20)
+  assert json.loads(json.dumps(rows))[0]['cell'] == 'base--full--all--gqa--0'

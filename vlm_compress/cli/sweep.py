@@ -1,0 +1,246 @@
+"""vlm-compress sweep: a grid of checkpoints, methods, budgets, benchmarks, seeds.
+
+  vlm-compress sweep --config=configs/sweeps.py:tiny --out=sweeps/tiny
+
+Every cell is a run directory of `evaluate --benchmark`; finished ones are skipped,
+so the sweep can be stopped at any time.  Hosts share the directory and take cells
+in turn.  A cell that fails leaves its traceback in error.txt and is listed; the
+rest goes on, and the exit code is 1.  The next call tries it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from vlm_compress import atomic
+from vlm_compress.asking import Checkpoint
+from vlm_compress.cli import benchmark_run, calibrate, distributed
+from vlm_compress.cli.arguments import Parser
+from vlm_compress.cli.benchmark_run import Job
+from vlm_compress.cli.quickstart import versions
+from vlm_compress.cli.train import load_page, override
+from vlm_compress.cli.workspace import Message
+from vlm_compress.config import ConfigError, check
+from vlm_compress.convert.files import load_config
+from vlm_compress.eval import runs, sweep_report, sweep_rows, sweep_table
+from vlm_compress.eval.report import print_table
+from vlm_compress.eval.result_schema import SCHEMA
+from vlm_compress.eval.sweep_plan import Cell, plan
+from vlm_compress.eval.tables import checked_sections
+
+ROWS, ERROR = 'rows.json', 'error.txt'
+_POLL_SECONDS = 1.0
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line; --config.field=value comes on top."""
+  p = Parser(prog='vlm-compress sweep', description=__doc__.splitlines()[0])
+  p.add_argument('--config', required=True, metavar='FILE.py:ARG',
+                 help='page of a sweep, such as configs/sweeps.py:tiny')
+  p.add_argument('--out', required=True, type=pathlib.Path, metavar='DIR',
+                 help='directory of the sweep; of several hosts a shared one')
+  p.add_argument('--allow-partial', action='store_true',
+                 help='print a table without its floors, marked as partial')
+  p.add_argument('--dry-run', action='store_true',
+                 help='say which cells there are and which are done, and stop')
+  distributed.add_flags(p)
+  return p
+
+
+def main(argv: list[str]) -> int:
+  """Runs what is missing and writes the table; returns the exit code."""
+  args, rest = parser().parse_known_args(argv)
+  page = load_page(args.config)
+  override(page, rest)
+  distributed.start(args)
+  console = Console(stderr=True)
+  say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+  cells = cells_of(page, say)
+  if args.dry_run:
+    for cell in cells:
+      print(f'{cell.name}: {"done" if is_done(args.out, cell) else "to do"}')
+    return 0
+  index, count = jax.process_index(), jax.process_count()
+  if index == 0:  # what an earlier call left says nothing about this one
+    for path in [args.out / ROWS, *[home(args.out, cell) / ERROR for cell in cells]]:
+      path.unlink(missing_ok=True)
+  if count > 1:
+    multihost_utils.sync_global_devices('the sweep begins')
+  Runner(page, args.out, say).run_all(cells[index::count])
+  if index > 0:
+    _wait(lambda: (args.out / ROWS).exists())
+    return 0
+  _wait(lambda: all(is_done(args.out, c) or (home(args.out, c) / ERROR).exists()
+                    for c in cells))
+  return finish(args.out, cells, args.allow_partial or page.allow_partial, say)
+
+
+def cells_of(page: ConfigDict, say: Message) -> list[Cell]:
+  """The cells of a page.
+
+  Raises:
+    ConfigError: a field or checkpoint is missing, or a method does not fit it.
+  """
+  for name in ('checkpoints', 'methods', 'benchmarks', 'seeds', 'base'):
+    check(name in page, f'the page has no {name}: it is no page of a sweep; try '
+          'configs/sweeps.py:tiny')
+  given = {name: path for name, path in page.checkpoints.items() if path}
+  wanted = [(c, m, tuple(b)) for c, m, b in page.methods if c in given]
+  for name in sorted({c for c, _, _ in page.methods} - set(given)):
+    say(f'note: --config.checkpoints.{name} names no model; its methods are left out')
+  check(page.base in given, f'--config.checkpoints.{page.base}: name the uncompressed '
+        'model, which everything is compared with')
+  configs = {(name, seed): load_config(path_of(path, seed))
+             for name, path in given.items() for seed in page.seeds}
+  return plan(configs, wanted, list(page.benchmarks), list(page.seeds), page.base,
+              [name for name, path in given.items() if '{seed}' in path])
+
+
+def path_of(path: str, seed: int) -> pathlib.Path:
+  """A checkpoint's directory."""
+  return pathlib.Path(path.replace('{seed}', str(seed)))
+
+
+def home(out: pathlib.Path, cell: Cell) -> pathlib.Path:
+  """A cell's run directory."""
+  return out / 'runs' / cell.name
+
+
+def is_done(out: pathlib.Path, cell: Cell) -> bool:
+  """Whether a cell has its result."""
+  return (home(out, cell) / runs.RESULTS).exists()
+
+
+class Runner:
+  """Runs cells, with the last checkpoint and all questions kept in memory."""
+
+  def __init__(self, page: ConfigDict, out: pathlib.Path, say: Message):
+    self.page, self.out, self.say = page, out, say
+    self._loaded: tuple[pathlib.Path, Checkpoint] | None = None
+    self._questions: dict[str, Any] = {}
+
+  def run_all(self, cells: Sequence[Cell]) -> None:
+    """Runs the cells that are not done; what they raise is kept in error.txt."""
+    for number, cell in enumerate(cells, 1):
+      if is_done(self.out, cell):
+        continue
+      self.say(f'[{number} of {len(cells)}] {cell.name}')
+      try:
+        self.run(cell)
+      except Exception as error:  # whatever it is, other cells can go on
+        atomic.write_text(home(self.out, cell) / ERROR, traceback.format_exc())
+        self.say(f'{cell.name} failed: {" ".join(str(error).split())[:300]}')
+
+  def run(self, cell: Cell) -> None:
+    """Runs one cell."""
+    page = self.page
+    shift = None
+    if cell.method == 'atp' and cell.budget is not None:
+      shift = self._shift(cell)
+    job = Job(cell.method, cell.budget, cell.prune_after or None, shift, None, cell.seed,
+              page.limit or None, page.shards, page.batch_size, None, page.allow_partial)
+    if cell.benchmark not in self._questions:
+      self._questions[cell.benchmark] = benchmark_run.read(
+          cell.benchmark, pathlib.Path(page.benchmarks[cell.benchmark]), job)
+    questions, total, split = self._questions[cell.benchmark]
+    benchmark_run.run(home(self.out, cell), self._checkpoint(cell), questions, total,
+                      split, job, self.say)
+
+  def _checkpoint(self, cell: Cell) -> Checkpoint:
+    path = path_of(self.page.checkpoints[cell.checkpoint], cell.seed)
+    if self._loaded is None or self._loaded[0] != path:
+      self._loaded = None  # before the next one takes its place
+      self._loaded = path, Checkpoint(path, tensor=self.page.tensor,
+                                      template=self.page.template or None)
+    return self._loaded[1]
+
+  def _shift(self, cell: Cell) -> float:
+    """The shift of a budget, calibrated once for all budgets of a checkpoint."""
+    page, name = self.page, cell.checkpoint
+    given = page.get('calibrations', {}).get(name)
+    if given:
+      return benchmark_run.calibrated(path_of(given, cell.seed), cell.budget)
+    check(bool(page.calibrate_with), f'which shift gives {name} {cell.budget:g} tokens is '
+          f'not known: name a file of vlm-compress calibrate (--config.calibrations.{name}) '
+          'or a page to calibrate with (--config.calibrate_with)')
+    budgets = sorted({float(b) for c, m, many in page.methods
+                      if (c, m) == (name, 'atp') for b in many})
+    path = self.out / 'calibrations' / f'{name}-{cell.seed}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.lock(path):  # hosts need it at the same time
+      if not path.exists():
+        calibrate.main([
+            f'--checkpoint={path_of(page.checkpoints[name], cell.seed)}',
+            f'--config={page.calibrate_with}', f'--data-root={page.calibrate_data_root}',
+            f'--out={path}', '--target-tokens', *[f'{b:g}' for b in budgets]])
+    return benchmark_run.calibrated(path, cell.budget)
+
+
+def finish(out: pathlib.Path, cells: Sequence[Cell], allow_partial: bool,
+           say: Message) -> int:
+  """Writes rows.json, and the tables if they have their floors.
+
+  Returns:
+    The exit code: 1 if a cell failed.
+
+  Raises:
+    ConfigError: floors are missing and no cell failed that would say why.
+  """
+  failed = [{'cell': c.name, 'error': (home(out, c) / ERROR).read_text()}
+            for c in cells if not is_done(out, c)]
+  rows = sweep_rows.rows({c: runs.load(home(out, c)) for c in cells if is_done(out, c)})
+  content = {'schema': SCHEMA, 'rows': rows, 'failed': failed, 'versions': versions(),
+             'missing': [one['cell'] for one in failed], 'partial': bool(failed) or any(
+                 row['partial'] for row in rows)}
+  atomic.write_text(out / ROWS, json.dumps(content, indent=1) + '\n')
+  for one in failed:
+    say(f'failed: {one["cell"]}: {one["error"].strip().splitlines()[-1]} '
+        f'({out / "runs" / one["cell"] / ERROR})')
+  try:
+    if rows:
+      tables(out, rows, allow_partial)
+  except ConfigError as error:
+    if not failed:
+      raise
+    say(f'no table: {error}')
+  return int(bool(failed))
+
+
+def tables(out: pathlib.Path, rows: Sequence[dict[str, Any]], allow_partial: bool) -> None:
+  """Prints and writes what rows.json holds, a table per benchmark.
+
+  Raises:
+    ConfigError: a compressed method's floors are missing; nothing is printed then.
+  """
+  groups: dict[str, list] = {}
+  for row in rows:
+    # Seeds are joined, and nothing else: random tokens cut elsewhere are others.
+    row = {**row, 'line': row['cell'].rpartition('--')[0]}
+    key = f'{row["benchmark"]}:{row["split"]}' if row['split'] else row['benchmark']
+    groups.setdefault(key, []).append(row)
+  for some in groups.values():  # before anything is printed
+    checked_sections(some, allow_partial)
+  for key, some in groups.items():
+    n, total = some[0]['n'], some[0]['n_benchmark']
+    print(f'{key}: {some[0]["metric"]}, n = {n:,}' +
+          (f' of {total:,} questions, partial' if some[0]['partial'] else ''))
+    print_table(some, allow_partial=allow_partial)
+  for path in sweep_table.write(out, rows):
+    print(f'table: {path}')
+  print(f'report: {sweep_report.write_report(out, allow_partial=allow_partial)["html"]}')
+
+
+def _wait(there: Callable[[], bool]) -> None:
+  while not there():
+    time.sleep(_POLL_SECONDS)

@@ -1,0 +1,212 @@
+"""Methods by name: how a checkpoint is run at a budget of visual tokens.
+
+The one table that `evaluate` and sweeps take names from.  A method that needs
+no training is a function of the base model's config and the budget; add it
+here, in METHODS.  Floors are such methods, too.
+
+A budget is the mean over decoder layers of the visual tokens that enter them;
+VoCo's is C, what text can read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from vlm_compress.compress.baselines import budget as peers
+from vlm_compress.config import AtpConfig, LlavaConfig, check
+from vlm_compress.eval.calibration import check_dial, check_target
+
+FLOORS = ('random', 'uniform', 'avg_pool')
+PEERS = tuple(name for name in peers.TRAINING_FREE if name not in FLOORS)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+  """How a checkpoint is run.
+
+  Attributes:
+    label: as eval/tables.py names it.
+    config: the checkpoint's config with the method.
+    runs_as: 'full', 'voco', 'atp' or 'upper_bound', for batches.answer_batches.
+    trained: the checkpoint was trained under this selection of tokens.
+    budget: visual tokens that were asked for; None for the full model.
+    needs_shift: the thresholds must be shifted to reach the budget.
+  """
+  label: str
+  config: LlavaConfig
+  runs_as: str
+  trained: bool
+  budget: float | None
+  needs_shift: bool = False
+
+  @property
+  def reaches(self) -> float | None:
+    """The layer average that this gives; None where it has to be measured."""
+    if self.config.atp is not None and self.config.atp.selector == 'adaptive':
+      return None
+    return self.budget
+
+
+def method_config(name: str, base: LlavaConfig, budget: float | None = None,
+                  prune_after: tuple[int, ...] | None = None) -> MethodConfig:
+  """A method of METHODS.
+
+  Args:
+    name: of the method.
+    base: config of the checkpoint.
+    budget: visual tokens; None for full, or for what a checkpoint was trained
+      for.
+    prune_after: for selections of tokens, where they are cut; None is in front
+      of all layers.  A floor beside a method that cuts deeper is fair only with
+      that method's placement.
+
+  Raises:
+    ConfigError: unknown name, or a model or budget that does not fit.
+  """
+  check(name in METHODS, f'method {name!r} is unknown; use one of {", ".join(METHODS)}')
+  check(budget is None or 0 < budget <= base.num_patches, f'a budget of {budget} tokens: '
+        f'more than 0 and at most {base.num_patches}')
+  return METHODS[name](base, budget, prune_after)
+
+
+def _plain(base: LlavaConfig, **fields) -> LlavaConfig:
+  return dataclasses.replace(base, **{'voco': None, 'atp': None, **fields})
+
+
+def label(config: LlavaConfig) -> str:
+  """What a model without VoCo tokens is called in a report."""
+  if config.atp is not None:
+    return {'random': 'random', 'uniform': 'uniform grid',
+            'fixed': 'ATP scores, fixed count', 'adaptive': 'ATP',
+            'fastv': 'FastV', 'pyramiddrop': 'PyramidDrop',
+            'sparsevlm': 'SparseVLM', 'divprune': 'DivPrune',
+            'cdpruner': 'CDPruner'}[config.atp.selector]
+  return {'none': 'full', 'avg_pool': 'average pooling', 'qformer': 'Q-Former',
+          'avg_pool_linear': 'average pooling + linear',
+          'downsample': 'image downsampling',
+          'visionzip': 'VisionZip'}[config.resampler]
+
+
+def _full(base, budget, prune_after):
+  check(budget is None, f'method full has no budget, but {budget} was asked for')
+  tokens = float(base.num_query_tokens) if base.resampler != 'none' else None
+  plain = _plain(base)
+  return MethodConfig(label(plain), plain, 'full', True, tokens)
+
+
+def _with_voco(name: str, runs_as: str, trained: bool) -> Callable:
+  def build(base, budget, prune_after):
+    check(base.voco is not None, f'{name}: the model has no VoCo tokens; name one that has')
+    most = base.voco.num_voco_tokens
+    count = most if budget is None else budget
+    check(count == int(count) and 1 <= count <= most, f'{name}: a budget of {count:g} '
+          f'VoCo tokens; the model was made for 1 to {most}')
+    voco = dataclasses.replace(base.voco, num_voco_tokens=int(count))
+    if runs_as == 'upper_bound':
+      return MethodConfig(f'{name}, C={int(count)}', _plain(base, voco=voco), runs_as,
+                          trained, None)
+    return MethodConfig(name, _plain(base, voco=voco), runs_as, trained, float(count))
+  return build
+
+
+def _atp(base, budget, prune_after):
+  check_dial(base)
+  if budget is not None:
+    check_target(base, budget)
+  return MethodConfig('ATP', base, 'atp', True,
+                      base.atp.target_tokens if budget is None else float(budget),
+                      needs_shift=budget is not None)
+
+
+def _selection(selector: str) -> Callable:
+  def build(base, budget, prune_after):
+    check(budget is not None, f'method {selector} needs a budget of visual tokens')
+    check(base.resampler == 'none', f'method {selector} needs the full grid of visual '
+          f'tokens; the model has resampler={base.resampler!r}')
+    places = prune_after or (0,)
+    counts = cut_counts(base, budget, places)
+    # A base config may come from an ATP model, whose other fields do not matter here.
+    config = _plain(base, atp=AtpConfig(
+        selector=selector, prune_after=places, fixed_counts=counts,
+        target_tokens=float(budget)))
+    return MethodConfig(label(config), config, 'atp', False, float(budget))
+  return build
+
+
+def _avg_pool(base, budget, prune_after):
+  check(budget is not None, 'method avg_pool needs a budget of visual tokens')
+  count = peers.pooling_count(budget)
+  config = _plain(base, resampler='avg_pool', num_query_tokens=count)
+  return MethodConfig(label(config), config, 'full', False, float(count))
+
+
+def _peer(name: str) -> Callable:
+  def build(base, budget, prune_after):
+    check(budget is not None, f'method {name} needs a budget of visual tokens')
+    config = peers.at_budget(base, name, budget, prune_after=prune_after or ())
+    runs_as = 'full' if config.atp is None else 'atp'
+    return MethodConfig(label(config), config, runs_as, False, float(budget))
+  return build
+
+
+METHODS: dict[str, Callable[..., MethodConfig]] = {
+    'full': _full,
+    'voco': _with_voco('VoCo', 'voco', True),
+    'lower_bound': _with_voco('lower bound (LB)', 'voco', False),
+    'upper_bound': _with_voco('upper bound (UB)', 'upper_bound', True),
+    'atp': _atp,
+    'random': _selection('random'),
+    'uniform': _selection('uniform'),
+    'avg_pool': _avg_pool,
+    **{name: _peer(name) for name in PEERS},
+}
+# What a checkpoint of a method is compared with comes from another checkpoint.
+OF_BASE = ('full', 'lower_bound', 'upper_bound', *FLOORS)
+
+
+def own_method(config: LlavaConfig) -> str:
+  """The method that a checkpoint was made for."""
+  return ('atp' if config.atp is not None else
+          'voco' if config.voco is not None else 'full')
+
+
+def with_shift(method: MethodConfig, shift: float) -> MethodConfig:
+  """The same with thresholds shifted."""
+  atp = dataclasses.replace(method.config.atp, threshold_shift=shift)
+  return dataclasses.replace(method, needs_shift=False, config=dataclasses.replace(
+      method.config, atp=atp))
+
+
+def cut_counts(config: LlavaConfig, budget: float, prune_after: tuple[int, ...]
+               ) -> tuple[int, ...]:
+  """Tokens kept at each of several cuts whose layer average is nearest to the budget.
+
+  Every cut leaves the same share of the tokens in front of it (ours; ATP-LLaVA
+  says only where its modules are).  The last count takes up what rounding leaves.
+
+  Args:
+    config: gives P and the number of layers.
+    budget: layer average.
+    prune_after: layers behind which tokens are cut; 0 is in front of all.
+
+  Raises:
+    ConfigError: the budget lies below what the first cut allows.
+  """
+  P, M = config.num_patches, config.text.num_hidden_layers
+  spans = [b - a for a, b in zip(prune_after, (*prune_after[1:], M))]
+  least = (prune_after[0] * P + M - prune_after[0]) / M
+  check(budget >= least, f'a budget of {budget:g} tokens cannot be reached by cuts after '
+        f'layers {prune_after} of {M}: the least is {least:g}')
+  average = lambda counts: (prune_after[0] * P + sum(
+      s * c for s, c in zip(spans, counts))) / M
+  low, high = 0.0, 1.0
+  for _ in range(60):
+    share = (low + high) / 2
+    low, high = ((share, high) if average([max(1.0, P * share ** (i + 1)) for i in range(
+        len(spans))]) < budget else (low, share))
+  counts = [max(1, round(P * high ** (i + 1))) for i in range(len(spans))]
+  before = counts[-2] if len(counts) > 1 else P
+  wanted = (budget * M - M * average([*counts[:-1], 0])) / spans[-1]
+  counts[-1] = min(max(1, round(wanted)), before)
+  return tuple(counts)

@@ -1,0 +1,106 @@
+"""A sweep's finished runs as rows: each beside the full model, its bounds and its
+floors.  result_schema.py has the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_compress.config import ConfigError
+from vlm_compress.eval import intervals, methods, scoring
+from vlm_compress.eval.result_schema import RESULT, ROW, check_fields
+from vlm_compress.eval.runs import Run
+from vlm_compress.eval.sweep_plan import Cell, is_compressed
+from vlm_compress.eval.tables import same_budget
+
+_KEPT = (*RESULT, 'kept_per_layer', 'kept_std_per_layer', 'module_counts', 'rule')
+
+
+def rows(runs: Mapping[Cell, Run]) -> list[dict[str, Any]]:
+  """A row for every run that could be scored.
+
+  Args:
+    runs: the finished runs of a sweep.
+  """
+  out = []
+  for cell, run in runs.items():
+    if run.scores is None:
+      continue
+    row = {'cell': cell.name, 'checkpoint': cell.checkpoint,
+           **{name: run.result[name] for name in _KEPT if name in run.result},
+           'ratio_to_full': None, 'retention': None, 'agreement': None,
+           'agreement_ci95': None, 'differences': {}}
+    row['seed'] = cell.seed
+    full = find(runs, cell, 'full', None)
+    if full is not None:
+      row['ratio_to_full'] = scoring.ratio_to_full(row['accuracy'],
+                                                   full.result['accuracy'])
+      same = _compared(intervals.agreement, run, full)
+      if same is not None:
+        row.update(agreement=same.mean, agreement_ci95=list(same.ci95))
+    row['retention'] = _retention(runs, cell, row)
+    if is_compressed(cell.method):
+      row['differences'] = _differences(runs, cell, run)
+    head = intervals.headline_results(run.scores)
+    if all(r.score in (0, 1) for r in head):
+      row['correct'] = ''.join('01'[int(r.score)] for r in head)
+    check_fields(row, ROW, cell.name)
+    out.append(row)
+  return out
+
+
+def find(runs: Mapping[Cell, Run], cell: Cell, method: str, budget: float | None
+         ) -> Run | None:
+  """The run of a method at a budget on a cell's benchmark: of its seed, or else
+  the one for all seeds; None if there is none that could be scored.
+  """
+  fits = [(c.seed != cell.seed, c.prune_after, c) for c in runs if (
+      c.method, c.benchmark, c.budget) == (method, cell.benchmark, budget)
+      and runs[c].scores is not None]
+  return runs[min(fits)[2]] if fits else None
+
+
+def _retention(runs: Mapping[Cell, Run], cell: Cell, row: Mapping[str, Any]
+               ) -> float | None:
+  """VoCo's, for what has VoCo's budget; see scoring.retention."""
+  lower = find(runs, cell, 'lower_bound', row['budget'])
+  upper = find(runs, cell, 'upper_bound', row['budget'])
+  if None in (lower, upper, row['budget']) or cell.prune_after:
+    return None
+  gap = _compared(intervals.difference, upper, lower)
+  return None if gap is None else scoring.retention(
+      row['accuracy'], lower.result['accuracy'], upper.result['accuracy'],
+      gap_ci95=gap.ci95)
+
+
+def _differences(runs: Mapping[Cell, Run], cell: Cell, run: Run) -> dict[str, Any]:
+  """Paired, to the floors of the budget: those cut where the method cuts, if any."""
+  found = {}
+  own = tuple((run.config['model']['atp'] or {}).get('prune_after', ()))
+  for other, floor in sorted(runs.items(), key=lambda x: (
+      x[0].prune_after != own, x[0].seed != cell.seed)):
+    if other.method in methods.FLOORS and other.benchmark == cell.benchmark and (
+        other.budget == run.result['budget']):
+      name = f'{floor.result["method"]} (training-free)'
+      near = same_budget(*[r.result['layer_average_tokens'] for r in (run, floor)])
+      gap = (_compared(intervals.difference, run, floor)
+             if near and name not in found else None)
+      if gap is not None:
+        found[name] = {'mean': gap.mean, 'ci95': list(gap.ci95)}
+  return found
+
+
+def _compared(what: Any, a: Run, b: Run) -> scoring.Interval | None:
+  """None where the two were not asked the same, which the table says anyway."""
+  try:
+    return what(a.scores, b.scores)
+  except ConfigError:
+    return None
+
+
+def flat(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+  """A row's cells of the table."""
+  low, high = row['value_ci95']
+  values = {**row, 'value_low': low, 'value_high': high}
+  return {name: values[name] for name in columns}
