@@ -6,7 +6,7 @@ Command:   vlm-compress sweep --config=configs/sweeps.py:tiny --out=sweeps/tiny
 Hardware:  tiny: 2 CPU cores.  llava_7b: a TPU host or several (--distributed), its
            models converted (vlm-compress convert) or trained (configs/llava_7b.py).
 Hours:     none was computed or measured for llava_7b.
-Expected:  tiny: the orderings of the README's quickstart table.  llava_7b: not run yet;
+Expected:  tiny: the table in the README (launch/sweep_tiny.sh makes it).  llava_7b: not run yet;
            the papers' numbers are 62.0 GQA and 78.5 VQAv2 for the full model, and
            98.1 % of it with ATP at 144 tokens (arXiv 2412.00447, table 1).
 
@@ -32,10 +32,12 @@ def get_config(name: str = 'tiny') -> ConfigDict:
           'checkpoints': {'base': 'vlm_compress/checkpoints/quickstart',
                           'voco8': 'quickstart/voco8/model',
                           'atp': 'quickstart/atp/model'},
-          'methods': (('voco8', 'voco', (8,)), ('voco8', 'voco', (4,)),
-                      ('atp', 'atp', (12, 16, 24))),
+          'methods': (('voco8', 'voco', (8,)), ('atp', 'atp', (16, 24)),
+                      ('base', 'divprune', (8, 16, 24)), ('base', 'cdpruner', (8, 16, 24)),
+                      *(('base', peer, (16,)) for peer in (
+                          'fastv', 'pyramiddrop', 'sparsevlm', 'downsample'))),
           'benchmarks': {'openmoji_grid': 'quickstart'},
-          'seeds': (0, 1, 2), 'batch_size': 16,
+          'seeds': (0, 1, 2), 'batch_size': 16, 'limit': 800,  # 100 pictures
           # shifts are found on the training split
           'calibrations': {'atp': ''}, 'calibrate_with': 'configs/quickstart.py:atp',
           'calibrate_data_root': 'quickstart'},

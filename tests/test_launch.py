@@ -13,7 +13,7 @@ import time
 import pytest
 from launch_helpers import ROOT, Stage
 
-from vlm_compress.cli import prepare_data, study
+from vlm_compress.cli import prepare_data, study, sweep
 from vlm_compress.cli import train as train_command
 from vlm_compress.cli.train import load_module, load_page, override
 
@@ -27,6 +27,7 @@ ARGUMENTS = {
     'prepare_data.sh': ['a.json', 'images', 'out', '--workers', '4'],
     'slurm_train.sh': [CONFIG, 'no such/a', '--config.train.seed=1'],
     'sweep_seeds.sh': ['runs'],
+    'sweep_tiny.sh': ['sweeps/a b'],
     'tpu_create.sh': ['vm', 'zone-a'],
     'tpu_queue.sh': ['--spot', 'q', 'zone-a', 'v5litepod-16', '2'],
     'tpu_run.sh': ['--queued', 'vm', 'zone-a', *RUN],
@@ -303,6 +304,25 @@ def test_sweep_calls_study_as_it_is(stage):
   assert load_module(str(ROOT / arguments.config)).PLAN
 
 
+def test_the_tiny_sweep_trains_and_evaluates_what_it_trains(stage, monkeypatch):
+  _, calls = stage.launch('sweep_tiny.sh', *ARGUMENTS['sweep_tiny.sh'])
+  *trained, (_, command, *words) = calls
+  monkeypatch.chdir(ROOT)
+  args, flags = sweep.parser().parse_known_args(words)
+  page = load_page(args.config)
+  override(page, flags)
+  assert command == 'sweep' and list(page.seeds) == [0, 1, 2]
+  made = set()
+  for _, command, *words in trained:
+    assert command == 'train'
+    args, flags = train_command.parser().parse_known_args(words)
+    override(load_page(args.config), flags)
+    made.add(f'{args.workdir}/model')
+  wanted = {page.checkpoints[name].replace('{seed}', str(seed))
+            for name in ('voco8', 'atp') for seed in page.seeds}
+  assert made == wanted
+
+
 def test_data_are_prepared_with_the_flags_given(stage):
   _, calls = stage.launch('prepare_data.sh', 'a b.json', 'images', 'out',
                           '--workers', '4', '--skip-broken')
@@ -326,13 +346,19 @@ NAMED = '\n'.join([
 @pytest.mark.parametrize('page', sorted(set(PAGE.findall(NAMED))))
 def test_named_configs_exist(page, monkeypatch):
   monkeypatch.chdir(ROOT)
-  assert load_page(page).train.steps > 0
+  config = load_page(page)
+  assert config.methods if 'sweeps' in page else config.train.steps > 0
 
 
 def test_named_fields_exist():
   flags = sorted({flag.replace('"', '') for flag in FIELD.findall(NAMED)})
   assert '--config.train.seed=1' in flags
-  override(load_page(str(ROOT / 'configs/quickstart.py:instruct')), flags)
+  of_sweeps = [flag for flag in flags if re.match(
+      r'--config\.(seeds|checkpoints|benchmarks|calib)', flag)]
+  assert of_sweeps
+  for page, some in (('quickstart.py:instruct', set(flags) - set(of_sweeps)),
+                     ('sweeps.py:tiny', [f for f in of_sweeps if '$' not in f])):
+    override(load_page(str(ROOT / 'configs' / page)), sorted(some))
 
 
 def test_scripts_of_the_readme_exist():

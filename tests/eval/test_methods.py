@@ -38,6 +38,7 @@ def test_counts_by_hand():
   assert cut_counts(helpers.tiny(), 10, (2,)) == (4,)
   with pytest.raises(ConfigError, match='the least is 8.5'):
     cut_counts(helpers.tiny(), 8, (2,))
+  assert cut_counts(helpers.tiny(), 8.1, (2,)) == (1,)  # as far off as peers may be
   assert cut_counts(helpers.tiny(), 8.5, (2,)) == (1,)
 
 
