@@ -20,11 +20,22 @@ Hardware:  v5e-256, or v5p with 64 chips: --config.mesh.fsdp=64
              --topology=v5e:16x16
            says whether it fits and gives hours; results/compile has some.
 Hours:     compiler bound, not measured: the bound of a step (results/compile) times
-           the steps, which a real run exceeds; 7B, on v5p with the mesh above:
-           voco      0.76 on v5e-256, 1.30 on v5p with 64 chips
-           atp       0.41 on v5e-256, 0.71 on v5p with 64 chips
-           atp88     as atp: the same program with another target
-           align, instruct, atp_frozen, and all of 13B: none was computed
+           the steps, which a real run exceeds; on v5p with the mesh above:
+           align          0.13 on v5e-256
+           instruct       0.41 on v5e-256
+           voco           0.76 on v5e-256, 1.30 on v5p with 64 chips
+           voco_kl        0.00 on v5e-256
+           atp            0.41 on v5e-256, 0.71 on v5p with 64 chips
+           atp88          as atp: the same program with another target
+           atp_frozen     0.31 on v5e-256
+           instruct_lora  9.99 on v5e-16
+           voco_lora      0.00 on v5e-16
+           atp_lora       0.00 on v5e-16
+           13b_align      0.25 on v5e-256
+           13b_instruct   0.80 on v5e-256
+           13b_voco       1.47 on v5e-256
+           13b_atp        0.80 on v5e-256
+           others of 13B  none was computed
 Expected:  nothing here was trained by us.  The literature's, 7B:
            align     no scores: it is where instruct starts
            instruct  VQAv2 78.5, GQA 62.0, POPE 85.9, MMBench 64.3, MME 1510.7,
@@ -36,7 +47,10 @@ Expected:  nothing here was trained by us.  The literature's, 7B:
                      the full model with 144 tokens
            atp88     GQA 56.8, MMBench 64.7, POPE 82.6, VQAv2 73.3; 94.6 % with
                      88 (arXiv 2412.00447)
-           atp_frozen, and 13B of voco and atp: no scores that we know of
+           atp_frozen, voco_kl, the lora pages of voco and atp, and 13B of voco and
+           atp: no scores that we know of
+           instruct_lora  VQAv2 79.1, GQA 63.0, POPE 86.4, MMBench 66.1, MME 1476.9,
+                     SQA-I 68.4 (LLaVA-1.5's model zoo)
 
 LLaVA-1.5's recipe: a projector that learns alone from captions, then projector
 and decoder from conversations, the tower always frozen; cosine with 3 % warm-up,

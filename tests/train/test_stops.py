@@ -6,19 +6,74 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small_run import CONFIG, RECIPE, batches, run
+from small_run import CONFIG, RECIPE, batches, metrics_of, run
 
 from vlm_compress import losses
+from vlm_compress.cli import __main__ as cli
+from vlm_compress.cli import train
 from vlm_compress.config import ConfigError
 from vlm_compress.models.llava import Llava
 from vlm_compress.train import checkpoint
 from vlm_compress.train.state import start_params
+from vlm_compress.train.watch import Watch
+
+
+def seen(tmp_path, losses, factor=3.0):
+  """The step at which a run with these losses stops, or None."""
+  watch = Watch(tmp_path, dataclasses.replace(RECIPE, spike_factor=factor))
+  for step, loss in enumerate(losses):
+    try:
+      watch.step(step, None, {'loss': loss, 'grad_norm': 1.0, 'update_norm': 1.0})
+      watch.look()
+    except ConfigError:
+      return step
+  return None
+
+
+@pytest.mark.parametrize('losses, step', [
+    ([1.0] * 9 + [5.0], None), ([1.0] * 10 + [5.0], 10),  # of ten or more
+    ([1.0] * 10 + [3.0], None), ([1.0] * 10 + [3.01], 10),
+    ([100.0] * 30 + [1.0] * 49 + [8.0], None),  # 50 count, of which one is 100
+    ([100.0] * 30 + [1.0] * 50 + [5.0], 80)])
+def test_what_a_leap_is(losses, step, tmp_path):
+  assert seen(tmp_path, losses) == step
+  assert seen(tmp_path, losses, factor=0.0) is None
+
+
+def test_a_run_that_goes_on_knows_the_last_losses(tmp_path, monkeypatch):
+  known, go_on = [], Watch.go_on
+  monkeypatch.setattr(Watch, 'go_on', lambda self, losses: (
+      known.append(list(losses)), go_on(self, losses)))
+  run(CONFIG, RECIPE, tmp_path, stop_after=4)
+  run(CONFIG, RECIPE, tmp_path)
+  said = {x['step']: x['loss'] for x in metrics_of(tmp_path)}
+  assert known[0] == [] and len(known[1]) == 4
+  assert [known[1][1], known[1][3]] == [said[2], said[4]]
+
+
+def test_a_notice_outside_of_the_steps(tmp_path, monkeypatch, capsys):
+  def kill(stage, args):
+    del stage, args
+    try:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(5)
+    except Exception:  # as a retry would
+      pytest.fail('is no error')
+  monkeypatch.setattr(train, '_run', kill)
+  before = signal.getsignal(signal.SIGTERM)
+  assert cli.main(['train', '--config=configs/quickstart.py:instruct',
+                   f'--workdir={tmp_path}/run']) == 0
+  assert 'stopped on SIGTERM outside of the steps' in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):

@@ -10,6 +10,7 @@ with the same --workdir and it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -39,6 +40,7 @@ from vlm_compress.config import (
 from vlm_compress.data.rows import RowSpec
 from vlm_compress.remote import check_writable, is_remote, to_path
 from vlm_compress.sharding import MeshSpec
+from vlm_compress.train.preemption import stops_at_once
 from vlm_compress.train.recipe import Recipe
 
 
@@ -185,7 +187,10 @@ def main(argv: list[str]) -> int:
   override(config, rest)
   stage = bridge(config)
   distributed.start(args)
-  _run(stage, args)
+  # Of several processes none may leave alone: jax tells them, at the next step.
+  with (contextlib.nullcontext() if distributed.is_one_of_several() else
+        stops_at_once()):
+    _run(stage, args)
   return 0
 
 

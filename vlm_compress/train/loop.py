@@ -97,15 +97,18 @@ def put(batch: Any, mesh: Mesh, num_parts: int) -> Any:
 
 def first_state(model: Llava, recipe: Recipe, mesh: Mesh,
                 store: CheckpointStore, batches: Any, given: Given,
-                message: Message, with_vision: bool) -> TrainState:
-  """The state to go on from: a checkpoint, given parameters, or fresh ones."""
+                message: Message, with_vision: bool
+                ) -> tuple[TrainState, list[float]]:
+  """The state to go on from: a checkpoint, given parameters, or fresh ones; and
+  the last losses.
+  """
   found = store.restore(abstract_state(model, recipe, mesh, with_vision), message)
   if found is None:
-    return make_state(model, recipe, mesh, given, message, with_vision)
-  state, data_state = found
-  batches.set_state(data_state)
+    return make_state(model, recipe, mesh, given, message, with_vision), []
+  state, position = found
+  batches.set_state(position['batches'])
   message(f'resumed at step {int(state.step)} of {recipe.steps}')
-  return state
+  return state, position['losses']
 
 
 def fit(model: Llava, recipe: Recipe, batches: Any, workdir: remote.Path, *,
@@ -146,8 +149,8 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: remote.Path, *,
     store = CheckpointStore(workdir / 'checkpoints', recipe.keep_checkpoints,
                             recipe.keep_best)
     stack.callback(store.close)
-    state = first_state(model, recipe, mesh, store, batches, params, say,
-                        with_vision)
+    state, losses = first_state(model, recipe, mesh, store, batches, params, say,
+                                with_vision)
     first = int(state.step)
     last = recipe.steps if stop_after is None else min(recipe.steps, stop_after)
     say(f'{summary(state)} (parameters.txt)')
@@ -158,6 +161,7 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: remote.Path, *,
     run = _stepper(model, recipe, mesh, params, with_vision)
     tools = _Tools(store, log, outbox, stack.enter_context(Watch(workdir, recipe)),
                    stack.enter_context(Notice(jax.process_count() == 1)))
+    tools.watch.go_on(losses)
     trace = Profile(outbox.directory, profile_steps)
     stack.callback(trace.close)
     for step in range(first + 1, last + 1):
@@ -198,10 +202,12 @@ def _step(run: Callable, state: TrainState, batches: Any, step: int, last: int,
     tools.log.flush()
     tools.outbox.send()
   if saves:
-    tools.store.save(step, state, batches.get_state(), metrics['loss'])
+    tools.store.save(step, state, {'batches': batches.get_state(),
+                                   'losses': tools.watch.losses}, metrics['loss'])
   if stops and step < last:
     tools.store.wait()
-    raise Preempted(step, recipe.steps)
+    raise Preempted(f'stopped on SIGTERM: a checkpoint of step {step} of '
+                    f'{recipe.steps} is complete; run the same command again to go on')
   return state
 
 

@@ -7,23 +7,38 @@ flag is enough.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 
-class Preempted(Exception):
-  """Training stopped on notice, behind a checkpoint.
+class Preempted(BaseException):
+  """Stopped on notice; nothing is lost.
 
-  Attributes:
-    step: of the checkpoint; steps: of the whole run.
+  As KeyboardInterrupt, no error that anybody mends: whoever tries a file again
+  after an Exception must not try again after this.
   """
 
-  def __init__(self, step: int, steps: int):
-    super().__init__(
-        f'stopped on SIGTERM: a checkpoint of step {step} of {steps} is '
-        'complete; run the same command again to go on')
-    self.step, self.steps = step, steps
+
+@contextlib.contextmanager
+def stops_at_once() -> Iterator[None]:
+  """In front of the first step and behind the last one there is nothing to save:
+  SIGTERM ends this process of its own there, at whatever line.
+
+  Raises:
+    Preempted: SIGTERM came.
+  """
+  def stop(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise Preempted('stopped on SIGTERM outside of the steps: no step is lost; '
+                    'run the same command again to go on')
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class Notice:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,16 @@ class Watch:
     self._factor = recipe.spike_factor
     self._pending: tuple[int, Any, dict[str, Any]] | None = None
     self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
+
+  @property
+  def losses(self) -> list[float]:
+    """Those that a leap is measured against; part of a checkpoint, so that a
+    run that goes on stops where it would have stopped."""
+    return list(self._losses)
+
+  def go_on(self, losses: Sequence[float]) -> None:
+    """Takes `losses` of the run that is gone on with."""
+    self._losses.extend(losses)
 
   def __enter__(self) -> Watch:
     return self
