@@ -5,6 +5,7 @@ and --check-data, here and in evaluate.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -66,10 +67,112 @@ def test_several_files_are_one(capsys, tmp_path):
 
 
 def test_submissions(capsys, tmp_path):
-  for key, name in (('vqav2', 'up.json'), ('vizwiz', 'up.json'), ('mmbench', 'up.xlsx')):
-    code, out, _ = run(capsys, *own(key), '--submission', tmp_path / key / name)
-    assert code == 0 and out.startswith(str(tmp_path / key / name))
-    assert (tmp_path / key / name).stat().st_size > 0
+  code, out, _ = run(capsys, *own('mmbench'), '--submission', tmp_path / 'new/up.xlsx')
+  assert code == 0 and out.startswith(str(tmp_path / 'new/up.xlsx'))
+  assert (tmp_path / 'new/up.xlsx').stat().st_size > 0
+  said = write_lines(tmp_path / 'vizwiz.jsonl', [
+      {'question_id': i, 'text': f'A {i}.'} for i in range(5)])
+  words = '--benchmark', 'vizwiz', '--data', DATA, '--predictions', said
+  code, *_ = run(capsys, *words, '--split=test', '--submission', tmp_path / 'up.json')
+  assert code == 0 and json.loads((tmp_path / 'up.json').read_text())[3] == {
+      'image': 'VizWiz_test_00000003.jpg', 'answer': '3'}
+
+
+@pytest.mark.parametrize('split', ['test', 'test-dev'])
+def test_vqav2_is_uploaded_with_every_question_of_test2015(split, capsys, tmp_path):
+  rows = [{'question_id': 300000000, 'text': 'The cup.'}, {'question_id': 300001001, 'text': 'No'}]
+  words = ('--benchmark', 'vqav2', '--data', DATA, '--split', split, '--predictions',
+           write_lines(tmp_path / 'a.jsonl', rows), '--submission', tmp_path / 'up.json')
+  code, out, _ = run(capsys, *words)
+  assert code == 0 and '6 answers, 4 of them empty' in out
+  assert json.loads((tmp_path / 'up.json').read_text()) == [
+      {'question_id': key, 'answer': answer} for key, answer in (
+          (300000000, 'cup'), (300000001, ''), (300001000, ''), (300001001, 'no'),
+          (300002000, ''), (300002001, ''))]
+
+
+def test_nothing_that_is_read_is_overwritten(capsys, tmp_path):
+  shutil.copytree(DATA / 'gqa', tmp_path / 'gqa')
+  mine = shutil.copyfile(ANSWERS['gqa'], tmp_path / 'a.jsonl')
+  (tmp_path / 'link.jsonl').symlink_to(mine)
+  words = '--benchmark', 'gqa', '--data', tmp_path, '--predictions', mine
+  for out in (mine, tmp_path / 'link.jsonl', tmp_path / 'gqa/../a.jsonl',
+              tmp_path / 'gqa/testdev_balanced_questions.json'):
+    before = out.read_bytes()
+    code, printed, err = run(capsys, *words, '--out', out)
+    assert (code, printed) == (2, '') and 'is a file that is read' in err
+    assert out.read_bytes() == before
+  assert run(capsys, *words, '--out', tmp_path / 'new.json')[0] == 0
+  assert run(capsys, *words, '--out', tmp_path / 'new.json')[0] == 0  # its own, again
+
+
+def test_a_place_that_cannot_be_written_is_an_error_before_scoring(capsys, tmp_path, monkeypatch):
+  (tmp_path / 'file').write_text('x')
+  monkeypatch.setattr(catalogue, 'read', None)
+  code, out, err = run(capsys, *own('gqa'), '--out', tmp_path / 'file/new/out.json')
+  assert (code, out) == (2, '') and f'{tmp_path}/file is no directory' in err
+  code, _, err = run(capsys, *own('mmbench'), '--submission', tmp_path / 'up.csv')
+  assert code == 2 and 'must end in .xlsx or .tsv' in err
+
+
+@pytest.mark.parametrize('prompt, said', [
+    ('q?\nReference OCR token: \nAnswer the question using a single word or phrase.',
+     'with OCR tokens'),
+    ('q?\nAnswer the question using a single word or phrase.', 'without OCR tokens'),
+    ('q?', 'unknown whether with OCR tokens'), (None, 'unknown whether with OCR tokens')])
+def test_textvqa_says_whether_prompts_had_ocr_tokens(prompt, said, capsys, tmp_path):
+  rows = json.loads((DATA / 'textvqa/TextVQA_0.5.1_val.json').read_text())['data']
+  answers = [{'question_id': row['question_id'], 'text': 'x'} for row in rows]
+  if prompt is not None:
+    answers = [{**a, 'prompt': prompt.replace('q?', row['question'])}
+               for a, row in zip(answers, rows, strict=True)]
+  path = write_lines(tmp_path / 'a.jsonl', answers)
+  words = '--benchmark', 'textvqa', '--data', DATA, '--predictions'
+  _, out, _ = run(capsys, *words, path, '--out', tmp_path / 'out.json')
+  assert out.startswith(f'TextVQA accuracy, {said}: ')
+  assert 'are asked with OCR tokens here' not in out
+  assert json.loads((tmp_path / 'out.json').read_text())['headline']['metric'].endswith(said)
+  _, out, _ = run(capsys, *words, ANSWERS['textvqa'])
+  assert out.startswith('TextVQA accuracy, with and without OCR tokens: ')
+
+
+def test_names_that_look_like_marks_are_printed_as_they_are(capsys, tmp_path):
+  shutil.copytree(DATA / 'seed', tmp_path / 'seed')
+  path = tmp_path / 'seed/SEED-Bench.json'
+  path.write_text(path.read_text().replace('Scene Understanding', '[/b]Scene [red]x'))
+  code, out, _ = run(capsys, '--benchmark', 'seed', '--data', tmp_path, '--predictions',
+                     ANSWERS['seed'])
+  assert code == 0 and ' [/b]Scene [red]x ' in out
+
+
+def test_numbers_over_something_else_have_their_own_n(capsys, tmp_path):
+  rows = json_lines(ANSWERS['mme'])
+  existence = [row for row in rows if '/existence/' in f'/{row["question_id"]}']
+  path = write_lines(tmp_path / 'a.jsonl', existence[:3])
+  words = '--benchmark', 'mme', '--data', DATA, '--allow-partial', '--predictions'
+  _, out, _ = run(capsys, *words, path)
+  line = next(line for line in out.splitlines() if ' existence ' in line)
+  assert line.split()[:3] == ['task', 'existence', '3'] and line.rstrip().endswith('(n = 1)')
+  path = write_lines(tmp_path / 'a.jsonl', existence[:1])
+  _, out, _ = run(capsys, *words, path)
+  assert out.startswith('MME perception: – (points, at most 2000, rule official, n = 0')
+  table = out.split('note: ')[0]
+  assert 'accuracy' in table and 'accuracy+' not in table and ' 0.00 ' not in table
+  rows = json_lines(ANSWERS['mmbench'])
+  second = [row for row in rows if int(row['question_id']) > 1_000_000][:2]
+  path = write_lines(tmp_path / 'b.jsonl', [rows[0], *second])
+  _, out, _ = run(capsys, '--benchmark', 'mmbench', *words[2:], path)
+  line = next(line for line in out.splitlines() if line.split()[:1] == ['all'])
+  assert line.rstrip().endswith('(n = 1)') and line.split()[1] in '23'
+
+
+def test_seed_over_images_only_says_so(capsys, tmp_path):
+  rows = [r for r in json_lines(ANSWERS['seed']) if not str(r['question_id']).startswith('v')]
+  path = write_lines(tmp_path / 'a.jsonl', rows)
+  words = '--benchmark', 'seed', '--data', DATA, '--predictions', path
+  assert run(capsys, *words)[1].startswith('SEED-Bench accuracy, all (images and videos): ')
+  assert run(capsys, *words, '--allow-partial')[1].startswith(
+      'SEED-Bench accuracy, images only: ')
 
 
 @pytest.mark.parametrize('words, message', [
@@ -90,6 +193,17 @@ def test_submissions(capsys, tmp_path):
      'nothing.jsonl does not exist'),
     (('--check-data', 'nothing'), 'data directory nothing does not exist'),
     ((*own('vizwiz'), '--split', 'test'), 'is no question'),
+    ((*own('vizwiz'), '--submission', 'x.json'), 'vizwiz takes test, not val; say so with'),
+    ((*own('vqav2'), '--split', 'val', '--submission', 'x.json'),
+     'vqav2 takes test and test-dev, not val'),
+    (('--benchmark', 'msvd_qa', '--data', DATA / 'activitynet_qa', '--predictions',
+      ANSWERS['activitynet_qa']), 'holds questions of activitynet_qa (see question 0); the '),
+    (('--benchmark', 'activitynet_qa', '--data', DATA / 'msrvtt_qa', '--predictions',
+      ANSWERS['msrvtt_qa']), 'holds questions of msrvtt_qa'),
+    (('--benchmark', 'msvd_qa', '--data', DATA / 'msrvtt_qa', '--predictions',
+      ANSWERS['msvd_qa']), 'holds questions of msrvtt_qa'),
+    (('--benchmark', 'msrvtt_qa', '--data', DATA / 'msvd_qa', '--predictions',
+      ANSWERS['msvd_qa']), 'holds questions of msvd_qa'),
 ])
 def test_mistakes_are_one_line(words, message, capsys):
   code, out, err = run(capsys, *words)
@@ -103,7 +217,7 @@ def test_check_data(capsys):
   for key in catalogue.BENCHMARKS:
     assert any(line.split()[:1] == [key] for line in out.splitlines()), key
   assert 'gqa: 38 image file(s) missing, the first is images/n100002.jpg' in out
-  assert 'vqav2 test: data file' in out
+  assert 'vqav2 test-dev: data file' in out
 
 
 def test_evaluate_check_data_says_the_same(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 
 import pytest
 
@@ -64,3 +65,24 @@ def test_missing_files(tmp_path):
   for read in (read_json, read_json_lines, lambda path: read_table(path, ',')):
     with pytest.raises(FileNotFoundError, match='nothing does not exist'):
       list(read(tmp_path / 'nothing'))
+
+
+def test_numbers_with_thousands_of_digits_are_named(tmp_path):
+  long = '7' * 6000  # int() takes 4,300
+  path = write(tmp_path, f'{{"a": 1}}\n{{"a": {long}}}')
+  with pytest.raises(DataError, match='line 2: a number has too many digits') as caught:
+    list(read_json_lines(path))
+  assert str(caught.value).startswith(f'{path}: ') and len(str(caught.value)) < 300
+  path = write(tmp_path, f'[1,\n2,\n-{long}]')
+  with pytest.raises(DataError, match='line 3: a number has too many digits') as caught:
+    read_json(path)
+  assert str(caught.value).startswith(f'{path}: ')
+
+
+def test_a_key_that_occurs_twice_among_very_many_is_found_at_once(tmp_path):
+  rows = ', '.join(f'"{i}": 1' for i in range(200_000))
+  path = write(tmp_path, f'{{{rows}, "x": 2, "199999": 3, "x": 4}}')
+  start = time.perf_counter()
+  with pytest.raises(DataError, match="the key '199999' occurs twice"):
+    read_json(path)
+  assert time.perf_counter() - start < 20  # counting each key again takes an hour

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlm_compress.atomic import write_text
 from vlm_compress.cli.arguments import Parser
 from vlm_compress.config import check
-from vlm_compress.eval.benchmarks import answers, catalogue, joining
+from vlm_compress.eval.benchmarks import answers, catalogue, joining, mmbench, sheets, textvqa
 from vlm_compress.eval.benchmarks.check import check as check_files
-from vlm_compress.eval.benchmarks.scores import Scores
+from vlm_compress.eval.benchmarks.scores import Row, Scores
 
 WIDE = 100  # columns that a table may take
 
@@ -62,7 +64,11 @@ def main(argv: list[str]) -> int:
     return 0
   check_arguments(args)
   module = catalogue.BENCHMARKS[args.benchmark]
-  questions = catalogue.read(args.benchmark, args.data, args.split)
+  split = args.split
+  if args.submission is not None and hasattr(module, 'UPLOADS'):
+    split = module.UPLOADS[split]  # the server may want more than is asked
+  questions = catalogue.read(args.benchmark, args.data, split)
+  check_apart(args, questions.source)
   rows = [row for path in args.predictions for row in answers.read(path)]
   predictions = joining.join(rows, questions)
   if args.submission is not None:
@@ -70,6 +76,8 @@ def main(argv: list[str]) -> int:
     return 0
   scores = module.score(questions, predictions, allow_partial=args.allow_partial,
                         rule=args.rule or module.RULES[0])
+  if module is textvqa:
+    scores = textvqa.with_prompts(scores, [row.question for row in rows])
   show(scores)
   if args.out is not None:
     write_text(args.out, json.dumps(scores.as_json(), indent=1) + '\n')
@@ -94,10 +102,44 @@ def check_arguments(args: argparse.Namespace) -> None:
     check(args.out is None and args.rule is None and not args.allow_partial,
           '--submission writes a file instead of scoring; leave out --out, --rule '
           'and --allow-partial')
+    uploads = getattr(module, 'UPLOADS', None)
+    check(uploads is None or args.split in uploads, '--submission: the server of '
+          f'{args.benchmark} takes {" and ".join(uploads or ())}, not '
+          f'{args.split or (splits or ("",))[0]}; say so with --split')
+    check(module is not mmbench or args.submission.suffix in sheets.SUFFIXES,
+          f'--submission: {args.submission} must end in {" or ".join(sheets.SUFFIXES)}')
+  for name in ('out', 'submission'):
+    if getattr(args, name) is not None:
+      check_target(name, getattr(args, name))
+  check_apart(args)
+
+
+def check_target(name: str, path: pathlib.Path) -> None:
+  """Raises ConfigError if no file can be written there."""
+  check(not path.is_dir(), f'--{name}: {path} is a directory; name a file in it')
+  above = next(p for p in path.absolute().parents if p.exists())
+  check(above.is_dir() and os.access(above, os.W_OK | os.X_OK),
+        f'--{name}: {path} cannot be written: {above} is ' +
+        ('not yours to write in' if above.is_dir() else 'no directory') +
+        '; name another place')
+
+
+def check_apart(args: argparse.Namespace, source: pathlib.Path | None = None) -> None:
+  """Raises ConfigError if what is written would replace what is read.
+
+  Args:
+    args: of the command.
+    source: the benchmark's file, where it is known already.
+  """
   for name in ('out', 'submission'):
     path = getattr(args, name)
-    check(path is None or not path.is_dir(),
-          f'--{name}: {path} is a directory; name a file in it')
+    for other in (*args.predictions, args.data, source):
+      check(path is None or other is None or not _same(path, other),
+            f'--{name}: {path} is a file that is read ({other}); name another one')
+
+
+def _same(a: pathlib.Path, b: pathlib.Path) -> bool:
+  return a.resolve() == b.resolve() or a.exists() and b.exists() and a.samefile(b)
 
 
 def show(scores: Scores) -> None:
@@ -105,7 +147,8 @@ def show(scores: Scores) -> None:
   head = scores.headline
   several = len(catalogue.BENCHMARKS[scores.benchmark].RULES) > 1
   rule = f', rule {scores.rule}' if several else ''
-  lines = [f'{head.metric}: {scores.value:.2f} ({head.scale}{rule}, n = {scores.n:,}'
+  value = f'{scores.value:.2f}' if scores.n else '–'  # a number of nothing is none
+  lines = [f'{head.metric}: {value} ({head.scale}{rule}, n = {scores.n:,}'
            f'{", partial" if scores.partial else ""})']
   columns = list(dict.fromkeys(name for row in scores.rows for name in row.numbers))
   table = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True)
@@ -116,10 +159,19 @@ def show(scores: Scores) -> None:
   for row in scores.rows:
     if last is not None and row.group != last:
       table.add_section()
-    cells = [f'{row.numbers[c]:.2f}' if c in row.numbers else '' for c in columns]
-    table.add_row(row.group if row.group != last else '', row.name, f'{row.n:,}', *cells)
+    # Names come from files and may look like rich's own marks.
+    table.add_row(row.group if row.group != last else '', Text(row.name), f'{row.n:,}',
+                  *(_number(row, column) for column in columns))
     last = row.group
   _print(lines, table, [f'note: {note}' for note in scores.notes])
+
+
+def _number(row: Row, column: str) -> str:
+  """A number of the table, with its own n where that is not the line's."""
+  if column not in row.numbers:
+    return ''
+  n = f' (n = {row.n_of[column]:,})' if column in row.n_of else ''
+  return (f'{row.numbers[column]:.2f}' if row.n else '–') + n
 
 
 def show_files(root: pathlib.Path) -> None:
@@ -131,7 +183,7 @@ def show_files(root: pathlib.Path) -> None:
   found, notes = check_files(root), []
   for one in found:
     there = not one.problem
-    table.add_row(one.benchmark, one.split, one.state,
+    table.add_row(one.benchmark, Text(one.split), one.state,
                   ', '.join(str(part) for part in one.parts),
                   f'{one.images:,}' if there else '', f'{one.missing:,}' if there else '')
     name = ' '.join(word for word in (one.benchmark, one.split) if word)

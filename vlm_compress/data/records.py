@@ -5,15 +5,19 @@ Pure Python, so that a file can be looked at without any other library.
 
 from __future__ import annotations
 
+import collections
 import csv
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vlm_compress.data.errors import DataError
 
 _MAX_FIELD = 2**28  # characters; MMBench keeps whole pictures in a field
+_TOO_LONG = 'a number has too many digits; correct it or copy the file again'
 
 
 def read_json(path: str | os.PathLike,
@@ -27,7 +31,8 @@ def read_json(path: str | os.PathLike,
 
   Raises:
     FileNotFoundError: there is no such file.
-    DataError: it is no JSON, or an object has a key twice.
+    DataError: it is no JSON, an object has a key twice, or a number has thousands
+      of digits.
   """
   with _open(path) as stream:
     try:
@@ -42,6 +47,8 @@ def read_json(path: str | os.PathLike,
       raise DataError(f'{path}: malformed JSON (nested too deeply)') from e
     except DataError as e:
       raise DataError(f'{path}: {e}') from e
+    except ValueError as e:  # int() of a text with very many digits
+      raise DataError(f'{path}: line {_many_digits(path)}: {_TOO_LONG}') from e
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -71,6 +78,8 @@ def _json_line(path: str | os.PathLike, number: int, line: str) -> dict[str, Any
     raise DataError(f'{path}: line {number}: nested too deeply') from e
   except DataError as e:
     raise DataError(f'{path}: line {number}: {e}') from e
+  except ValueError as e:  # int() of a text with very many digits
+    raise DataError(f'{path}: line {number}: {_TOO_LONG}') from e
   if not isinstance(value, dict):
     raise DataError(f'{path}: line {number}: holds a JSON '
                     f'{type(value).__name__}; it must be an object')
@@ -123,13 +132,20 @@ def _not_utf8(path: str | os.PathLike, error: UnicodeDecodeError) -> str:
   return f'{path}: byte {error.start} is not UTF-8; save the file as UTF-8'
 
 
+def _many_digits(path: str | os.PathLike) -> int:
+  """The first line, from 1, with a number that int() refuses; 1 if there is none."""
+  number = re.compile(f'[0-9]{{{sys.get_int_max_str_digits() + 1}}}')
+  with _open(path) as stream:
+    return next((n for n, line in enumerate(stream, 1) if number.search(line)), 1)
+
+
 def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   """dict(pairs), but a key that occurs twice is an error, not the last."""
   pairs = list(pairs)
   result = dict(pairs)
   if len(result) < len(pairs):
-    keys = [k for k, _ in pairs]
-    key = next(k for k in keys if keys.count(k) > 1)
+    counts = collections.Counter(k for k, _ in pairs)
+    key = next(k for k, count in counts.items() if count > 1)
     shown = json.dumps(pairs[0][1])[:60]
     raise DataError(f'the key {key!r} occurs twice in the object that begins '
                     f'with {pairs[0][0]!r}: {shown}; keep one of them')

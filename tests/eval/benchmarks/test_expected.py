@@ -8,7 +8,7 @@ import math
 import pytest
 from benchmark_files import expected, scored
 
-from vlm_compress.eval.benchmarks import mmbench, vizwiz, vqa_text, vqav2
+from vlm_compress.eval.benchmarks import mmbench, pope, vizwiz, vqa_text, vqav2
 
 
 def near(value: float) -> object:
@@ -98,6 +98,9 @@ def test_pope():
     for column, name in (('F1', 'f1'), ('accuracy', 'accuracy'), ('recall', 'recall'),
                          ('precision', 'precision'), ('yes ratio', 'yes_ratio')):
       assert row.numbers[column] == near(100 * want[category][name]), (category, name)
+    mine = [r for r in scores.results if r.question.groups['category'] == category]
+    assert pope.confusion(mine) == tuple(want[category][name]
+                                         for name in ('TP', 'FP', 'TN', 'FN'))
 
 
 def test_scienceqa():
@@ -161,6 +164,12 @@ def test_mmbench_rows_and_letters():
   assert {r.question.id: r.score for r in scores.results
           } == want['vanilla_all_rows']['per_question']
   assert {r.question.id: r.parsed for r in scores.results} == want['inferred_vlmevalkit']
+  report = want['vanilla_all_rows']['report']
+  means = {name: tally.mean for group in ('', 'l2-category', 'category')
+           for name, tally in scores.tallies[group].items()}
+  assert {SHORT.get(name, {'all': 'Overall'}.get(name, name)): near(mean)
+          for name, mean in means.items()} == {
+              name: value for name, value in report.items() if name != 'split'}
 
 
 def test_mmbench_other_rules():
@@ -201,6 +210,8 @@ def test_video_qa(key):
 
 def test_activitynet_qa():
   _, _, scores = scored('activitynet_qa')
+  assert scores.value == near(100 * expected('activitynet_qa')['raw']['all'])
+  assert scores.headline.metric == 'ActivityNet-QA exact match, official (no GPT judge)'
   names = ('motion', 'spatial relation', 'temporal relation', 'yes/no', 'color',
            'object', 'location', 'number', 'other')
   for column, part in (('normalised', 'normalised'), ('exact', 'raw')):
@@ -212,7 +223,7 @@ def test_activitynet_qa():
 
 
 def test_headlines_that_are_means_are_their_tallies():
-  for key in ('gqa', 'vqav2', 'textvqa', 'vizwiz', 'seed', 'msvd_qa'):
+  for key in ('gqa', 'vqav2', 'textvqa', 'vizwiz', 'seed', 'msvd_qa', 'activitynet_qa'):
     _, _, scores = scored(key)
     assert scores.value == near(100 * scores.tallies['']['all'].mean), key
     assert math.isfinite(scores.value) and scores.tallies['']['all'].count == scores.n

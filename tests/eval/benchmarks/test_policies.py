@@ -273,6 +273,51 @@ DAMAGED = [
     ('msvd_qa', 'youtube_mapping.txt', 'clip1300_5_15', '../../../clip',
      'outside the data root'),
     ('activitynet_qa', 'test_a.json', '"type":5', '"type":19', 'type 19 is unknown'),
+    ('activitynet_qa', 'test_a.json', '"type":5', '"type":"x"', 'type x is unknown'),
+    ('activitynet_qa', 'test_a.json', '"question_id":"v_vid28-_xY_3"',
+     '"question_id":"v_vid04-_xY_3"', "answer 1: the id 'v_vid04-_xY_3' occurs twice"),
+    ('msrvtt_qa', 'test_qa.json', '"category_id":0', '"category_id":[0]',
+     "'category_id' must be a whole number or a text, is list"),
+    ('msvd_qa', 'youtube_mapping.txt', 'clip1301_5_15 vid1301', 'clip1301_5_15 vid1300',
+     'line 2: vid1300 was another clip above'),
+    ('msvd_qa', 'youtube_mapping.txt', 'clip1301_5_15 vid1301', 'clip1301_5_15',
+     'line 2: must be a clip and vid<id>'),
+    ('msvd_qa', 'youtube_mapping.txt', 'clip1301_5_15 vid1301', 'clip1301_5_15 vid1301 x',
+     'line 2: must be a clip and vid<id>'),
+    ('msvd_qa', 'youtube_mapping.txt', 'clip1301_5_15', 'clip\udcff', 'is not UTF-8'),
+    ('gqa', 'testdev_balanced_questions.json', '"semantic":[{', '"semantic":["select",{',
+     "question '201000000': field 'semantic' must hold objects"),
+    ('gqa', 'testdev_balanced_questions.json', '"semantic":[{', '"semantic":5,"was":[{',
+     "'semantic' must be a list, is int"),
+    ('gqa', 'testdev_balanced_questions.json', '"groups":{', '"groups":[1],"was":{',
+     "'groups' must be an object, is list"),
+    ('gqa', 'testdev_balanced_questions.json', '"global":"table"', '"global":["table"]',
+     "'global' must be a text, is list"),
+    ('vqav2', 'v2_mscoco_val2014_annotations.json', '"question_id":1000001',
+     '"question_id":1000000', 'the id 1000000 occurs twice'),
+    ('vqav2', 'v2_mscoco_val2014_annotations.json', '"answers":[{',
+     '"answers":[{"answer":"x","answer_id":11},{', 'annotation 0: 11 answers; VQA has 10'),
+    ('textvqa', 'TextVQA_0.5.1_val.json', '"answers":["nous les gosses",', '"answers":[',
+     'question 0: 9 answers; TextVQA has 10'),
+    ('textvqa', 'llava_textvqa_val_v051_ocr.jsonl', 'sign number 1?\\nReference OCR',
+     'sign number 0?\\nReference OCR', 'line 2: the image 003a8ae2ef43b901 has other OCR'),
+    ('vizwiz', 'val.json', '"answers":[{', '"answers":[],"was":[{',
+     "question 0: field 'answers' is empty"),
+    ('scienceqa', 'pid_splits.json', '"test":["3"', '"test":[[1],"3"',
+     "field 'test' must hold ids as texts, has [1]"),
+    ('scienceqa', 'problems.json', '"hint":"Figure: pond', '"hint":5,"was":"Figure: pond',
+     "problem '3': field 'hint' must be a text, is int"),
+    ('scienceqa', 'problems.json', '"image":"image.png"', '"image":1',
+     "problem '3': field 'image' must be a text, is int"),
+    ('seed', 'SEED-Bench.json', '"choice_a":"One"', '"choice_a":NaN',
+     'question 0: a choice is no finite number'),
+    ('seed', 'SEED-Bench.json', '"Scene Understanding":1', '"Scene Understanding":{}',
+     "question_type: field 'Scene Understanding' must be a whole number, is dict"),
+    ('mmbench', 'mmbench_dev_20230712.tsv', '\n200\t', '\n²\t', "index '²' is no whole number"),
+    ('mmbench', 'mmbench_dev_20230712.tsv', '\n200\t', f'\n{"2" * 6000}\t',
+     'is no whole number'),
+    ('mme', 'MME_Benchmark_release_version/count/0001.txt', '\tNo\n', '\tNo\n\n\n#\n',
+     'line 4: must be a question, a tab, and Yes or No'),
 ]
 
 
@@ -281,7 +326,7 @@ def test_damaged_files_are_refused(key, name, old, new, message, tmp_path):
   path = copied(key, tmp_path) / name
   text = path.read_text(encoding='utf-8')
   assert old in text
-  path.write_text(text.replace(old, new, 1), encoding='utf-8')
+  path.write_text(text.replace(old, new, 1), encoding='utf-8', errors='surrogateescape')
   with pytest.raises(DataError) as caught:
     catalogue.read(key, tmp_path)
   assert message in str(caught.value)

@@ -22,6 +22,7 @@ from typing import Any
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.records import read_json, read_json_lines, read_table
 from vlm_compress.eval.benchmarks import sheets
+from vlm_compress.eval.benchmarks.question import is_whole
 
 SUFFIXES = ('.jsonl', '.json', '.tsv', '.csv', '.xlsx')
 _TEXTS = ('text', 'prediction', 'pred')
@@ -113,7 +114,7 @@ def _answer(row: Mapping[str, Any], where: str, task: str | None) -> Answer:
                     f'none of the fields {", ".join(_IDS)} and index')
   number = str(index) if index is not None else ''
   return Answer(where, text, ids, number or None,
-                int(number) if number.isdigit() and not ids else None,
+                int(number) if is_whole(number) and not ids else None,
                 _first_text(row, _QUESTIONS), _first_text(row, ('category',)), _image(row))
 
 

@@ -1,5 +1,5 @@
 """The benchmarks by name.  A benchmark is a module with `read`, `score`,
-`summarise` and the constants that they name; the three video sets share one.
+`summarise` and the constants that they name; two of the video sets share one.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import pathlib
 from types import ModuleType
 
 from vlm_compress.eval.benchmarks import (
+  activitynet_qa,
   gqa,
   mmbench,
   mme,
@@ -24,7 +25,8 @@ from vlm_compress.eval.benchmarks.question import QuestionSet
 BENCHMARKS: dict[str, ModuleType] = {
     **{module.KEY: module for module in (gqa, vqav2, textvqa, vizwiz, pope, scienceqa,
                                          mme, mmbench, seed)},
-    **{key: video_qa for key in video_qa.COUNTS},
+    **{key: video_qa for key in video_qa.NAMES},
+    activitynet_qa.KEY: activitynet_qa,
 }
 
 

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlm_compress.data.errors import DataError
 from vlm_compress.data.records import read_json
 from vlm_compress.eval.benchmarks import scores
 from vlm_compress.eval.benchmarks.question import (
@@ -63,14 +64,24 @@ def _question(key: str, row: Mapping[str, Any], where: str) -> Question:
   groups = {'kind': 'open' if structural == 'query' else 'binary',
             'structural': structural,
             'semantic': field(types, 'semantic', str, where),
-            'steps': str(_steps(row.get('semantic') or ())),
+            'steps': str(_steps(_program(row, where))),
             'words': str(len(text.split()))}
-  shared = (row.get('groups') or {}).get('global')
-  if shared is not None:
-    groups['global'] = shared
+  named = field(row, 'groups', dict, where) if row.get('groups') is not None else {}
+  if named.get('global') is not None:
+    groups['global'] = field(named, 'global', str, where)
   return Question(key, text, f'{text}\n{SHORT_ANSWER}',
                   f'images/{field(row, "imageId", str, where)}.jpg',
                   answers=(field(row, 'answer', str, where),), groups=groups)
+
+
+def _program(row: Mapping[str, Any], where: str) -> Sequence[Mapping[str, Any]]:
+  """The operations that lead to the answer; none where the file has no programs."""
+  if row.get('semantic') is None:
+    return ()
+  program = field(row, 'semantic', list, where)
+  if not all(isinstance(step, Mapping) for step in program):
+    raise DataError(f"{where}: field 'semantic' must hold objects")
+  return program
 
 
 def _steps(program: Sequence[Mapping[str, Any]]) -> int:
@@ -104,7 +115,8 @@ def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
   apart = distribution(results)
   if apart is None:
     return rows
-  return (rows[0], scores.Row('', 'distribution', len(results),
+  grouped = sum('global' in r.question.groups for r in results)
+  return (rows[0], scores.Row('', 'distribution', grouped,
                               {'chi-square / 100': apart}), *rows[1:])
 
 

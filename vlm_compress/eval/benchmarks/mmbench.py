@@ -30,6 +30,7 @@ from vlm_compress.eval.benchmarks.question import (
   Question,
   QuestionSet,
   home,
+  is_whole,
   with_options,
 )
 
@@ -63,7 +64,11 @@ def read(root: pathlib.Path) -> QuestionSet:
     DataError: a row is malformed, or several files could be meant.
     FileNotFoundError: there is no file.
   """
-  path = _file(root)
+  found = files(root)
+  if len(found) > 1:
+    raise DataError(f'{found[0].parent} has several .tsv files '
+                    f'({", ".join(p.name for p in found)}); name one with --data')
+  path = found[0]
   suffix = LETTER_CN if '_cn' in path.name.lower() else LETTER
   questions, pictures, kept = [], {}, {}
   for line, row in read_table(path, '\t'):
@@ -73,7 +78,7 @@ def read(root: pathlib.Path) -> QuestionSet:
       raise DataError(f'{path}: line 1: no column {", ".join(lacking)}; is it '
                       "MMBench's file?")
     index = row['index']
-    if not index.isdigit():
+    if not is_whole(index):
       raise DataError(f'{where}: index {index!r} is no whole number')
     picture = row['image']
     if 0 < len(picture) <= _REFERENCE:
@@ -90,18 +95,20 @@ def read(root: pathlib.Path) -> QuestionSet:
       notes=(f'file: {path.name}',))
 
 
-def _file(root: pathlib.Path) -> pathlib.Path:
+def files(root: pathlib.Path) -> list[pathlib.Path]:
+  """The TSVs that could be meant: `root` itself, or those in it.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
   if root.is_file():
-    return root
+    return [root]
   root = home(root, KEY)
   found = sorted(root.glob('*.tsv'))
   if not found:
     raise FileNotFoundError(f'{root} has no .tsv file; see "Benchmarks" in the '
                             'README')
-  if len(found) > 1:
-    raise DataError(f'{root} has several .tsv files '
-                    f'({", ".join(p.name for p in found)}); name one with --data')
-  return found[0]
+  return found
 
 
 def _question(row: Mapping[str, str], suffix: str, where: str) -> Question:
@@ -209,9 +216,12 @@ def _row(group: str, name: str, results: Sequence[scores.Result]) -> scores.Row:
   whole = circular(results)
   first = [r.score for r in results if int(r.question.id) < _PASS]
   numbers = {'circular': 100 * sum(whole.values()) / len(whole)}
+  n_of = {}
   if first:
     numbers['vanilla'] = 100 * sum(first) / len(first)
-  return scores.Row(group, name, len(whole), numbers)
+    # Where answers are missing, a question may lack its first pass, or have no other.
+    n_of = {'vanilla': len(first)} if len(first) != len(whole) else {}
+  return scores.Row(group, name, len(whole), numbers, n_of=n_of)
 
 
 def write_submission(path: pathlib.Path, questions: QuestionSet,

@@ -121,12 +121,14 @@ def score(questions: QuestionSet, predictions: Mapping[str, str], *,
   return scores.score(questions, predictions, judge=judge, summarise=summarise,
                       headline=HEADLINE, policy=POLICY, rule=rule,
                       allow_partial=allow_partial,
-                      remark='sums are over the tasks that have answers; '
-                      'accuracy+ is over images with both' if allow_partial else '')
+                      remark='sums are over the tasks that have images with both '
+                      'answers, and accuracy+ is over those images' if allow_partial else '')
 
 
 def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
-  """The table: sums, then tasks."""
+  """The table: sums, then tasks.  accuracy+ is over images with both answers; a
+  task without any has none, and no score, and is in no sum.
+  """
   tasks = collections.defaultdict(lambda: collections.defaultdict(list))
   for r in results:
     tasks[r.question.groups['task']][r.question.unit].append(r.score)
@@ -136,13 +138,16 @@ def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
       single = [x for pair in tasks[task].values() for x in pair]
       both = [min(pair) for pair in tasks[task].values() if len(pair) == 2]
       accuracy = 100 * sum(single) / len(single)
-      plus = 100 * sum(both) / len(both) if both else 0.0
-      rows.append(scores.Row('task', task, len(single), {
-          'score': accuracy + plus, 'accuracy': accuracy, 'accuracy+': plus}))
+      numbers, n_of = {'accuracy': accuracy}, {}
+      if both:
+        plus = 100 * sum(both) / len(both)
+        numbers = {'score': accuracy + plus, 'accuracy': accuracy, 'accuracy+': plus}
+        n_of = {'accuracy+': len(both)}
+      rows.append(scores.Row('task', task, len(single), numbers, n_of=n_of))
   sums = []
   for name, members in (('perception', PERCEPTION), ('cognition', COGNITION),
                         ('total', PERCEPTION | COGNITION)):
-    mine = [row for row in rows if row.name in members]
+    mine = [row for row in rows if row.name in members and 'score' in row.numbers]
     sums.append(scores.Row('', name, sum(row.n for row in mine), {
         'score': sum(row.numbers['score'] for row in mine)}))
   return (*sums, *rows)

@@ -14,6 +14,7 @@ from vlm_compress.data.paths import resolve_path
 SHORT_ANSWER = 'Answer the question using a single word or phrase.'
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+_MOST_DIGITS = 18  # of an id or index
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,6 +161,13 @@ def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any
     raise DataError(f'{where}: field {name!r} must be {wanted}, {found}; is it '
                     'another version of the file?')
   return value
+
+
+def is_whole(text: str) -> bool:
+  """Whether a text is a whole number, 0 or more, in digits that int() takes as one
+  number and no other: `²` is a digit for Python, and thousands of them are too many.
+  """
+  return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def with_options(question: str, options: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ the row 'image, answered' is upstream's.
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,9 @@ def read(root: pathlib.Path) -> QuestionSet:
   problems = read_json(path)
   questions = []
   for key in field(read_json(splits), 'test', list, str(splits)):
+    if not isinstance(key, str):
+      raise DataError(f"{splits}: field 'test' must hold ids as texts, has "
+                      f'{json.dumps(key)[:60]}')
     if not isinstance(problems, dict) or key not in problems:
       raise DataError(f'{path}: problem {key!r} of the test split in '
                       f'{splits.name} is missing')
@@ -61,7 +65,9 @@ def read(root: pathlib.Path) -> QuestionSet:
 
 def _question(key: str, row: Mapping[str, Any], where: str) -> Question:
   text, choices = field(row, 'question', str, where), field(row, 'choices', list, where)
-  right, image, hint = field(row, 'answer', int, where), row.get('image'), row.get('hint')
+  right = field(row, 'answer', int, where)
+  image, hint = (field(row, name, str, where) if row.get(name) is not None else None
+                 for name in ('image', 'hint'))
   if not 2 <= len(choices) <= 5 or not all(isinstance(c, str) for c in choices):
     raise DataError(f"{where}: field 'choices' must hold two to five texts")
   if not 0 <= right < len(choices):

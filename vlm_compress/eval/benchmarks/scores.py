@@ -61,12 +61,14 @@ class Row:
     n: what `numbers` are over.
     numbers: metric -> value.
     counted: what n counts.
+    n_of: metric -> what it is over, where that is not n.
   """
   group: str
   name: str
   n: int
   numbers: Mapping[str, float]
   counted: str = 'questions'
+  n_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,9 @@ class Scores:
   @property
   def n(self) -> int:
     """What the headline number is over."""
-    return self.row(self.headline.group, self.headline.name).n
+    head = self.headline
+    row = self.row(head.group, head.name)
+    return row.n_of.get(head.column, row.n)
 
   @property
   def tallies(self) -> dict[str, dict[str, Tally]]:
@@ -134,16 +138,17 @@ class Scores:
     return tally(self.results)
 
   def as_json(self) -> dict[str, Any]:
-    """Everything, in types that JSON has."""
+    """Everything, in types that JSON has; a headline over nothing is null."""
     head = self.headline
     return {
         'benchmark': self.benchmark, 'rule': self.rule,
-        'headline': {'metric': head.metric, 'value': self.value,
+        'headline': {'metric': head.metric, 'value': self.value if self.n else None,
                      'scale': head.scale, 'n': self.n},
         'questions': self.total, 'missing': self.missing,
         'partial': self.partial, 'notes': list(self.notes),
         'rows': [{'group': r.group, 'name': r.name, 'n': r.n,
-                  'counted': r.counted, **r.numbers} for r in self.rows],
+                  'counted': r.counted, 'n_of': dict(r.n_of), **r.numbers}
+                 for r in self.rows],
         'sums': {group: {name: {'sum': float(t.total), 'n': t.count}
                          for name, t in named.items()}
                  for group, named in self.tallies.items()},
@@ -243,8 +248,14 @@ def score(questions: QuestionSet, predictions: Mapping[str, str], *, judge: Pars
 
 
 def merge(parts: Sequence[Scores], questions: QuestionSet,
-          summarise: Summarise) -> Scores:
+          summarise: Summarise, headline: Headline | None = None) -> Scores:
   """Scores of several hosts as those of one, also where they are no means.
+
+  Args:
+    parts: of the hosts.
+    questions: all of them.
+    summarise: the table, from results.
+    headline: which of its numbers tables quote; None is the first part's.
 
   Raises:
     DataError: two parts scored the same question.
@@ -257,7 +268,8 @@ def merge(parts: Sequence[Scores], questions: QuestionSet,
       raise DataError(f'question {a.question.id!r} was scored twice')
   notes = dict.fromkeys(note for part in parts for note in part.notes)
   return dataclasses.replace(
-      parts[0], rows=summarise(results), results=tuple(results),
+      parts[0], headline=headline or parts[0].headline,
+      rows=summarise(results), results=tuple(results),
       total=sum(part.total for part in parts),
       missing=sum(part.missing for part in parts),
       partial=any(part.partial for part in parts), notes=tuple(notes))

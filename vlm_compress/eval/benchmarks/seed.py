@@ -9,6 +9,8 @@ occurs twice in the release: the second question is called <id>#2 here.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,8 +47,8 @@ def read(root: pathlib.Path) -> QuestionSet:
   root = home(root, KEY)
   path = first_file(root, FILE)
   content = read_json(path)
-  types = {number: name for name, number in
-           field(content, 'question_type', dict, str(path)).items()}
+  named = field(content, 'question_type', dict, str(path))
+  types = {field(named, name, int, f'{path}: question_type'): name for name in named}
   seen: collections.Counter[str] = collections.Counter()
   questions = []
   for i, row in enumerate(field(content, 'questions', list, str(path))):
@@ -66,7 +68,10 @@ def _question(row: Any, types: Mapping[int, str], seen: collections.Counter[str]
   if kind not in ('image', 'video') or number not in types or answer not in list('ABCD'):
     raise DataError(f'{where}: data_type {kind!r}, question_type_id {number}, answer '
                     f'{answer!r}: one of them is unknown')
-  choices = tuple(str(field(row, f'choice_{x}', (str, int, float), where)) for x in 'abcd')
+  choices = [field(row, f'choice_{x}', (str, int, float), where) for x in 'abcd']
+  if any(isinstance(choice, float) and not math.isfinite(choice) for choice in choices):
+    raise DataError(f'{where}: a choice is no finite number; is it another version of the file?')
+  choices = tuple(str(choice) for choice in choices)
   image = (f'SEED-Bench-image/{field(row, "data_id", str, where)}' if kind == 'image'
            else f'SEED-Bench-video-image/{number}_{key}.png')
   seen[key] += 1
@@ -80,9 +85,18 @@ def score(questions: QuestionSet, predictions: Mapping[str, str], *,
   """Accuracy in percent: all, images, videos, by type."""
   def judge(text: str, question: Question) -> tuple[str, int]:
     return text, int(text == question.answers[0])
-  return scores.score(questions, predictions, judge=judge, summarise=summarise,
-                      headline=HEADLINE, policy=POLICY, rule=rule,
-                      allow_partial=allow_partial)
+  found = scores.score(questions, predictions, judge=judge, summarise=summarise,
+                       headline=HEADLINE, policy=POLICY, rule=rule,
+                       allow_partial=allow_partial)
+  return dataclasses.replace(found, headline=headline(found.results))
+
+
+def headline(results: Sequence[scores.Result]) -> scores.Headline:
+  """HEADLINE, named after what it is over where that is one kind only."""
+  kinds = {r.question.groups['data'] for r in results}
+  if len(kinds) > 1:
+    return HEADLINE
+  return dataclasses.replace(HEADLINE, metric=f'SEED-Bench accuracy, {kinds.pop()}s only')
 
 
 def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:

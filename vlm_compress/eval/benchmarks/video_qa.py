@@ -1,9 +1,10 @@
 """MSVD-QA, MSRVTT-QA and ActivityNet-QA without a judge.
 
-Official for ActivityNet-QA: equality of strings ('exact' here); for the other
-two it is the common reading of their papers.  'normalised' is ours: m4c's form
-on both sides.  Papers on video chat models quote GPT-judged numbers, which are
-far higher for sentence answers: never put these beside those.
+Official for ActivityNet-QA: equality of strings ('exact' here), which is its
+headline (activitynet_qa.py); for the other two that is the common reading of
+their papers.  'normalised' is ours: m4c's form on both sides.  Papers on video
+chat models quote GPT-judged numbers, which are far higher for sentence answers:
+never put these beside those.
 
 The prompt is the question with LLaVA's short-answer line (ours; there is no
 LLaVA-1.5 prompt for videos).
@@ -11,7 +12,9 @@ LLaVA-1.5 prompt for videos).
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +29,7 @@ from vlm_compress.eval.benchmarks.question import (
   field,
   first_file,
   home,
+  is_whole,
 )
 
 RULES = ('match',)
@@ -37,7 +41,8 @@ TYPES = ('motion', 'spatial relation', 'temporal relation', 'yes/no', 'color', '
 FREE = TYPES[3:]
 VIDEOS = 'videos'
 _MAPPING = 'youtube_mapping.txt'  # of MSVD: `clip vid17`
-_REMARK = 'exact match, not comparable with numbers that GPT has judged'
+NAMES = {'msvd_qa': 'MSVD-QA', 'msrvtt_qa': 'MSRVTT-QA'}
+REMARK = 'exact match, not comparable with numbers that GPT has judged'
 
 
 def read(root: pathlib.Path, key: str) -> QuestionSet:
@@ -53,7 +58,7 @@ def read(root: pathlib.Path, key: str) -> QuestionSet:
 
   Raises:
     DataError: a row lacks a field, or a question has no answer.
-    FileNotFoundError: a file is not there.
+    FileNotFoundError: a file is not there, or is another of the three sets'.
   """
   root = home(root, key)
   path = first_file(root, 'test_qa.json', 'test_q.json')
@@ -67,6 +72,9 @@ def read(root: pathlib.Path, key: str) -> QuestionSet:
     if paired and number not in answers:
       raise DataError(f'{where}: id {number!r} has no answer in test_a.json')
     label = answers[number] if paired else row
+    if (other := _set_of(row, label)) != key:
+      raise FileNotFoundError(f'{path} holds questions of {other} (see question {i}); the '
+                              f'files of {key} are not there')
     text = field(row, 'question', str, where)
     stem = _stem(row, key, names, where)
     questions.append(Question(
@@ -95,14 +103,24 @@ def _answers(path: pathlib.Path) -> dict[str | int, Mapping[str, Any]]:
   return found
 
 
+def _set_of(row: Mapping[str, Any], label: Mapping[str, Any]) -> str:
+  """Which set a question is from: the files have the same names, and often ids."""
+  if 'type' in label:
+    return 'activitynet_qa'
+  video = re.fullmatch('video[0-9]+', str(row.get('video_name')))
+  return 'msrvtt_qa' if 'category_id' in row or video else 'msvd_qa'
+
+
 def _groups(row: Mapping[str, Any], label: Mapping[str, Any], key: str,
             where: str) -> dict[str, str]:
   if key == 'activitynet_qa':
-    number = int(field(label, 'type', (int, str), where))
-    if not 0 <= number < len(TYPES):
+    number = str(field(label, 'type', (int, str), where))
+    if not is_whole(number) or int(number) >= len(TYPES):
       raise DataError(f'{where}: type {number} is unknown')
-    return {'type': TYPES[number]}
-  return {'category': str(row['category_id'])} if 'category_id' in row else {}
+    return {'type': TYPES[int(number)]}
+  if 'category_id' not in row:
+    return {}
+  return {'category': str(field(row, 'category_id', (int, str), where))}
 
 
 def _stem(row: Mapping[str, Any], key: str, names: Mapping[str, str], where: str) -> str:
@@ -120,14 +138,24 @@ def _video_names(root: pathlib.Path, key: str) -> dict[str, str]:
   if folder.is_dir():
     names = {path.stem: path.name for path in sorted(folder.iterdir())}
   if key == 'msvd_qa' and (root / _MAPPING).is_file():
-    lines = (root / _MAPPING).read_text(encoding='utf-8').splitlines()
-    for number, line in enumerate(lines, 1):
-      parts = line.split()
-      if len(parts) not in (0, 2):
-        raise DataError(f'{root / _MAPPING}: line {number}: must be a clip and vid<id>')
-      if parts:
-        names[parts[1]] = parts[0]
+    names |= _clips(root / _MAPPING)
   return names
+
+
+def _clips(path: pathlib.Path) -> dict[str, str]:
+  """vid<id> -> name of the clip."""
+  try:
+    lines = path.read_text(encoding='utf-8-sig').splitlines()
+  except UnicodeDecodeError as e:
+    raise DataError(f'{path}: byte {e.start} is not UTF-8; save the file as UTF-8') from e
+  clips: dict[str, str] = {}
+  for number, line in enumerate(lines, 1):
+    parts = line.split()
+    if len(parts) not in (0, 2):
+      raise DataError(f'{path}: line {number}: must be a clip and vid<id>')
+    if parts and clips.setdefault(parts[1], parts[0]) != parts[0]:
+      raise DataError(f'{path}: line {number}: {parts[1]} was another clip above')
+  return clips
 
 
 def score(questions: QuestionSet, predictions: Mapping[str, str], *,
@@ -136,13 +164,25 @@ def score(questions: QuestionSet, predictions: Mapping[str, str], *,
   def judge(text: str, question: Question) -> tuple[str, int]:
     said = vqa_text.m4c(text)
     return said, int(said == vqa_text.m4c(question.answers[0]))
+  headline = dataclasses.replace(
+      HEADLINE, metric=f'{NAMES[questions.benchmark]} {HEADLINE.metric}')
   return scores.score(questions, predictions, judge=judge, summarise=summarise,
-                      headline=HEADLINE, policy=POLICY, rule=rule,
-                      allow_partial=allow_partial, remark=_REMARK)
+                      headline=headline, policy=POLICY, rule=rule,
+                      allow_partial=allow_partial, remark=REMARK)
 
 
 def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
-  """The table, with ActivityNet's free questions as a total of their own."""
+  """The table."""
+  return rows(results, ('normalised', 'exact'))
+
+
+def rows(results: Sequence[scores.Result], columns: Sequence[str]
+         ) -> tuple[scores.Row, ...]:
+  """Shares of 'exact' and 'normalised' matches in percent, in that order of columns:
+  all, free (where questions have types), and groups.
+  """
+  right = {'exact': lambda r: r.text == r.question.answers[0],
+           'normalised': lambda r: r.parsed == vqa_text.m4c(r.question.answers[0])}
   groups = [('', 'all', list(results))]
   free = [r for r in results if r.question.groups.get('type') in FREE]
   groups += [('', 'free', free)] if free else []
@@ -151,6 +191,5 @@ def summarise(results: Sequence[scores.Result]) -> tuple[scores.Row, ...]:
     groups += [(group, value, [r for r in results if r.question.groups.get(group) == value])
                for value in values]
   return tuple(scores.Row(group, name, len(mine), {
-      'normalised': 100 * sum(r.score for r in mine) / len(mine),
-      'exact': 100 * sum(r.text == r.question.answers[0] for r in mine) / len(mine)})
+      column: 100 * sum(map(right[column], mine)) / len(mine) for column in columns})
                for group, name, mine in groups)

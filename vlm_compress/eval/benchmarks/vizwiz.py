@@ -38,6 +38,8 @@ HEADLINE = scores.Headline('VizWiz accuracy', 'accuracy')
 POLICY = scores.ERROR
 UNANSWERABLE = ('When the provided information is insufficient, respond with '
                 "'Unanswerable'.")
+# Split to upload -> the split whose questions the file must hold.
+UPLOADS = {'test': 'test'}
 _COUNTS = {'val': (4_319,), 'test': (8_000,)}
 
 
@@ -61,6 +63,8 @@ def read(root: pathlib.Path, split: str = 'val') -> QuestionSet:
     if split == 'val':
       answers = tuple(field(a, 'answer', str, where)
                       for a in field(row, 'answers', list, where))
+      if not answers:
+        raise DataError(f"{where}: field 'answers' is empty; copy the file again")
       groups = {'answer type': field(row, 'answer_type', str, where)}
     questions.append(Question(
         image, text, f'{text.capitalize()}\n{UNANSWERABLE}\n{SHORT_ANSWER}',

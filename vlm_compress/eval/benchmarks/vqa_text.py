@@ -17,6 +17,7 @@ from fractions import Fraction
 
 from vlm_compress.eval.benchmarks.contractions import CONTRACTIONS
 
+NUM_HUMANS = 10  # answers to every question of VQAv2 and TextVQA
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r'\d,\d')
 # The published look-behind is misspelt and never fires: a full stop after a

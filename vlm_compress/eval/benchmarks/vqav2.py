@@ -37,6 +37,9 @@ from vlm_compress.eval.benchmarks.question import (
 KEY = 'vqav2'
 RULES = ('llava', 'raw', 'llava-2017')
 SPLITS = ('val', 'test', 'test-dev')
+# Split to upload -> the split whose questions the file must hold: the server
+# wants all of test2015 for test-dev, too.
+UPLOADS = {'test': 'test', 'test-dev': 'test'}
 HEADLINE = scores.Headline('VQAv2 accuracy', 'accuracy')
 POLICY = scores.EMPTY
 ANNOTATIONS = 'v2_mscoco_val2014_annotations.json'
@@ -53,7 +56,8 @@ def read(root: pathlib.Path, split: str = 'val') -> QuestionSet:
   """The questions of a split; images are <folder>/COCO_<folder>_<12 digits>.jpg.
 
   Raises:
-    DataError: a row lacks a field, or a val question has no annotation.
+    DataError: a row lacks a field, or a val question has no annotation, two, or
+      other than ten answers.
     FileNotFoundError: a file is not there.
   """
   root = home(root, KEY)
@@ -84,9 +88,15 @@ def _annotations(root: pathlib.Path) -> dict[int, tuple[tuple[str, ...], dict]]:
     where = f'{path}: annotation {i}'
     answers = tuple(a if isinstance(a, str) else field(a, 'answer', str, where)
                     for a in field(row, 'answers', list, where))
+    if len(answers) != vqa_text.NUM_HUMANS:
+      raise DataError(f'{where}: {len(answers)} answers; VQA has '
+                      f'{vqa_text.NUM_HUMANS} a question: copy the file again')
     groups = {'answer type': field(row, 'answer_type', str, where),
               'question type': field(row, 'question_type', str, where)}
-    found[field(row, 'question_id', int, where)] = (answers, groups)
+    key = field(row, 'question_id', int, where)
+    if key in found:
+      raise DataError(f'{where}: the id {key} occurs twice; copy the file again')
+    found[key] = (answers, groups)
   return found
 
 
