@@ -32,8 +32,8 @@ def get_config(name: str = 'tiny') -> ConfigDict:
           'checkpoints': {'base': 'vlm_compress/checkpoints/quickstart',
                           'voco8': 'quickstart/voco8/model',
                           'atp': 'quickstart/atp/model'},
-          'methods': (('voco8', 'voco', (8,)), ('atp', 'atp', (16, 24)),
-                      ('base', 'divprune', (8, 16, 24)), ('base', 'cdpruner', (8, 16, 24)),
+          'methods': (('voco8', 'voco', (8,)), ('atp', 'atp', (16,)),
+                      ('base', 'divprune', (8, 16)), ('base', 'cdpruner', (8, 16)),
                       *(('base', peer, (16,)) for peer in (
                           'fastv', 'pyramiddrop', 'sparsevlm', 'downsample'))),
           'benchmarks': {'openmoji_grid': 'quickstart'},

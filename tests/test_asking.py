@@ -49,7 +49,8 @@ def answered(folder, out, model, batch_size, name='', budget=None, devices=1, se
           for key, row in rows.items()}, checkpoint, questions
 
 
-@pytest.mark.parametrize('model', ['atp', 'voco'])
+@pytest.mark.parametrize('model', [
+    pytest.param('atp', marks=pytest.mark.slow), 'voco'])
 def test_any_batch_and_any_number_of_devices(folder, tmp_path, model):
   one, checkpoint, questions = answered(folder, tmp_path / 'one', model, 1)
   assert len(one) == len(questions.questions) == 18

@@ -32,8 +32,8 @@ def same(got, want):
     np.testing.assert_array_equal(g.visual_tokens, w.visual_tokens)
 
 
-@pytest.mark.parametrize('regroup', [
-    pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('regroup', [False, True])
 def test_atp(pictures, regroup):
   vlm = make(helpers.atp_config(sap_lambda=16.0))
   requests = [Request(q, [pictures[i % 3]]) for i, q in enumerate(QUESTIONS)]

@@ -45,7 +45,7 @@ def recorded(folder, run, name, budget=None):
 
 
 @pytest.mark.parametrize('name, budget, places', [
-    ('atp', None, [1, 3]), ('random', 5.0, [0])])
+    pytest.param('atp', None, [1, 3], marks=pytest.mark.slow), ('random', 5.0, [0])])
 def test_masks_have_the_counts_of_the_answers(folder, tmp_path, name, budget, places):
   answers, examples, questions, vlm = recorded(folder, tmp_path / 'run', name, budget)
   assert list(examples) == ['00', '30']

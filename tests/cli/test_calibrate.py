@@ -310,6 +310,7 @@ def page(tmp_path, monkeypatch):
   return write
 
 
+@pytest.mark.slow
 def test_questions_of_the_training_split(run, small, page, tmp_path):
   argv = ['--target-tokens=25', '--tolerance=0.3', f'--data-root={tmp_path}',
           f'--out={tmp_path}/n.json', f'--config={page(2)}']
