@@ -11,7 +11,7 @@
 set -euo pipefail
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit "${1:-2}"; }
 
-dry='' list='ls'
+dry='' list='ls' complete=''
 while [[ ${1-} == -* ]]; do
   case $1 in
     --dry-run) dry=$1 ;;
@@ -23,14 +23,14 @@ done
 (($# >= 8)) || usage
 name=$1 zone=$2 workdir=$7 tries=${TRIES:-5} here=$(dirname "$0")
 [[ $workdir =~ ^(shared/|gs://[^/]+/). ]] || { echo "error: WORKDIR $workdir: shared/... or gs://bucket/folder" >&2; exit 2; }
-[[ $workdir != gs://* ]] || list='gcloud storage ls'
+[[ $workdir != gs://* ]] || list='gcloud storage ls' complete='/*/commit_success.txt' # torn ones have none
 
 queue=("$here/tpu_queue.sh" ${dry:+"$dry"} --spot "$name" "$zone" "$3" "$4")
 setup=("$here/tpu_setup.sh" ${dry:+"$dry"} --queued "$name" "$zone" "$5")
 train=("$here/tpu_run.sh" ${dry:+"$dry"} --queued "$name" "$zone" "${@:6}")
 on() { gcloud compute tpus queued-resources "$1" "$name" --zone="$zone" "${@:2}"; }
 say() { echo "$(date '+%F %T') $name: $*" >&2; }
-newest() { on ssh --worker=0 --command="$list $(printf %q "${workdir%/}")/checkpoints | sed 's:/*$::;s:.*/::' | grep -x '[0-9]*' | sort -n | tail -n 1"; }
+newest() { on ssh --worker=0 --command="$list $(printf %q "${workdir%/}")/checkpoints${complete:+"'$complete'"} | sed 's:/commit_success.txt$::;s:.*/::' | grep -x '[0-9]*' | sort -n | tail -n 1"; }
 
 if [[ -n $dry ]]; then
   "${queue[@]}" && "${setup[@]}" && "${train[@]}"

@@ -47,12 +47,14 @@ class GcsServer:
     objects: name -> (bytes, generation).
     written: called with the name of every object that is about to be written;
       may raise Refused.
+    asked: called with method and path of every request; may raise Refused.
     refuses: status that every request is answered with, if it is not 0.
   """
 
   def __init__(self):
     self.objects: dict[str, tuple[bytes, int]] = {}
     self.written: Callable[[str], None] = lambda name: None
+    self.asked: Callable[[str, str], None] = lambda method, path: None
     self.refuses = 0
     self.lock, self.generation = threading.Lock(), 1000
     self.uploads: dict[str, tuple[str, bytes]] = {}
@@ -168,6 +170,7 @@ class _Handler(server.BaseHTTPRequestHandler):
     try:
       if self.owner.refuses:
         raise Refused(self.owner.refuses, 'no such luck')
+      self.owner.asked(self.command, parts.path)
       self._route(parts.path, query, body)
     except Refused as refused:
       status, message = refused.args

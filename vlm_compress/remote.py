@@ -31,6 +31,10 @@ from etils import epath
 from vlm_compress.config import ConfigError, check
 
 SCHEME = 'gs://'
+PROBE = '.writable-'  # objects of check_writable; they stay where nothing may be deleted
+PROBE_SECONDS = 10.0  # gcsfs tries for up to a minute; nothing is lost yet
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_TEXT = 'No space left on device'
 Path = pathlib.Path | epath.Path
 _REMEDY = ('check the name of the bucket, the network, your credentials (gcloud '
            'auth application-default login), and that they may create, read and '
@@ -39,6 +43,36 @@ _REMEDY = ('check the name of the bucket, the network, your credentials (gcloud 
 
 class RemoteError(OSError):
   """What went wrong with an object; filename is its path."""
+
+
+class NoRoom(OSError):
+  """The disk of local copies is full; filename is the folder of TMPDIR."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Whether a full disk or quota is behind an error.
+
+  Libraries that write from C++ (tensorstore below Orbax) hide the errno in
+  the text of another exception type, so the text counts as well.
+  """
+  if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    return True
+  return _DISK_FULL_TEXT in str(error)
+
+
+def check_room(error: BaseException) -> None:
+  """Says which disk is full, where it is that of local copies.
+
+  Args:
+    error: what writing to one of them raised.
+
+  Raises:
+    NoRoom: the disk is full; a bucket never is.
+  """
+  if is_disk_full(error) and not isinstance(error, NoRoom):
+    raise NoRoom(errno.ENOSPC, 'no space left on this disk, where files lie that '
+                 'go to gs:// or come from there; free some space, or set TMPDIR '
+                 'to a folder on a disk with room', tempfile.gettempdir()) from error
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -87,7 +121,7 @@ def reported(path: Path, what: str) -> Iterator[None]:
     what: is done to it, such as 'written'.
 
   Raises:
-    RemoteError: any error but that a package is missing.
+    RemoteError: any error but that a package is missing, or a local disk full.
   """
   if not is_remote(path):
     yield
@@ -97,6 +131,8 @@ def reported(path: Path, what: str) -> Iterator[None]:
   except ImportError:
     raise
   except Exception as e:  # of gcsfs, aiohttp, google.auth, requests
+    if isinstance(e, OSError) and e.errno in _DISK_FULL:
+      raise
     raise RemoteError(errno.EIO, f'cannot be {what} ({reason(e)}); {_REMEDY}',
                       os.fspath(path)) from e
 
@@ -199,9 +235,16 @@ def scratch() -> Iterator[pathlib.Path]:
   """A local folder that is gone afterwards; TMPDIR says where.
 
   What a killed process leaves in it is for the system to clear away.
+
+  Raises:
+    NoRoom: the disk is full.
   """
-  with tempfile.TemporaryDirectory(prefix='vlm_compress_') as folder:
-    yield pathlib.Path(folder)
+  try:
+    with tempfile.TemporaryDirectory(prefix='vlm_compress_') as folder:
+      yield pathlib.Path(folder)
+  except Exception as e:
+    check_room(e)
+    raise
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -218,12 +261,23 @@ def check_writable(path: Path, flag: str) -> None:
     return
   check('/' in os.fspath(path).removeprefix(SCHEME), f'{flag}={path}: name a '
         'folder of the bucket, gs://BUCKET/FOLDER')
-  probe = path / f'.writable-{uuid.uuid4().hex}'
+  import fsspec
+  from fsspec import asyn
+  probe = os.fspath(path / f'{PROBE}{uuid.uuid4().hex}')
   try:
-    _files().pipe_file(os.fspath(probe), b'yes')
-    same = _files().cat_file(os.fspath(probe)) == b'yes'
-    _files().rm_file(os.fspath(probe))
+    same = asyn.sync(_files().loop, _probe, probe, timeout=PROBE_SECONDS)
+  except fsspec.FSTimeoutError as e:
+    raise ConfigError(f'{flag}={path} cannot be used (no success within '
+                      f'{PROBE_SECONDS:g} seconds); {_REMEDY}') from e
   except Exception as e:  # of gcsfs, aiohttp, google.auth, requests
     raise ConfigError(f'{flag}={path} cannot be used ({reason(e)}); {_REMEDY}'
                       ) from e
   check(same, f'{flag}={path}: an object is not what was written a moment ago')
+
+
+async def _probe(path: str) -> bool:
+  """Writes, reads and deletes an object; whether it was what was written."""
+  await _files()._pipe_file(path, b'yes')
+  same = await _files()._cat_file(path) == b'yes'
+  await _files()._rm_file(path)
+  return same

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -156,6 +157,40 @@ def test_a_run_that_was_killed_is_that_of_a_disk(service, data):
   assert {name.split('/')[1] for name in service.names('run/')} == {
       'checkpoints', 'config.json', 'metrics.jsonl', 'model', 'parameters.txt',
       'seconds.txt', 'tensorboard', 'throughput.jsonl'}
+
+
+@pytest.mark.slow  # two trainings, of two programs each
+def test_two_processes_share_a_workdir(service, data):
+  """And put a damaged checkpoint aside together, once."""
+  def train():
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    both = [start(service, 'train', f'--config={data}/page.py:gs://bucket',
+                  '--workdir=gs://bucket/two', '--no-tensorboard',
+                  f'--coordinator=localhost:{port}', '--num-processes=2',
+                  # no compilation cache: who finds a program there waits for who
+                  # does not, and gloo waits for half a minute only
+                  f'--process-id={i}', XLA_FLAGS='--xla_force_host_platform_device_count=2')
+            for i in range(2)]
+    return [end(process) for process in both]
+  said = train()
+  assert 'gs://bucket/two/model' in said[0] and 'gs://bucket/two/model' not in said[1]
+  lines, model = service.data('two/metrics.jsonl'), objects(service, 'two/model/')
+  assert [json.loads(line)['step'] for line in lines.splitlines()] == [2, 4, 6, 8, 10, 12]
+  assert 'model.safetensors' in model
+  for name in service.names('two/'):
+    if name.startswith('two/model/'):
+      service.objects.pop(name)
+    elif '/12/state/' in name and ('manifest.ocdbt' in name or '/d/' in name):
+      service.write(name, b'torn', None)
+  said = train()
+  assert 'resumed at step 8 of 12' in said[0]
+  assert {'/'.join(name.split('/')[1:3]) for name in service.names('two/')
+          if 'checkpoints/' in name} == {
+              'checkpoints/8', 'checkpoints/12', 'damaged_checkpoints/12'}
+  assert service.data('two/metrics.jsonl') == lines
+  assert objects(service, 'two/model/') == model
 
 
 @pytest.mark.parametrize('words, refuses, found', [

@@ -13,6 +13,7 @@ pytest.importorskip('PIL', reason='needs the extra [demo]')
 import llava_rows  # noqa: E402
 from etils import epath  # noqa: E402
 
+from vlm_compress import remote  # noqa: E402
 from vlm_compress.config import ConfigError  # noqa: E402
 from vlm_compress.data import manifest  # noqa: E402
 from vlm_compress.data.errors import DataError  # noqa: E402
@@ -150,6 +151,16 @@ def test_remote_disk_that_cannot_be_reached(monkeypatch):
   def unreachable(path):
     raise RuntimeError('no credentials\nand much more')
   monkeypatch.setattr(type(epath.Path('gs://bucket')), 'exists', unreachable)
-  with pytest.raises(DataError, match='^gs://bucket/data cannot be reached .*'
-                     r'no credentials\); check'):
+  with pytest.raises(remote.RemoteError, match='cannot be read .RuntimeError: no '
+                     r'credentials\); check') as caught:
     PreparedSource('gs://bucket/data')
+  assert caught.value.filename == 'gs://bucket/data/manifest.json'
+
+
+def test_a_disk_that_does_not_give_a_record_is_not_damage(copy):
+  prepared = PreparedSource(copy)
+  shard_paths(copy)[0].unlink()
+  with pytest.raises(DataError, match='record 0 cannot be read .*No such file.*'
+                     'run again') as caught:
+    prepared[0]
+  assert 'prepare-data' not in str(caught.value)

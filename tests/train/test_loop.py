@@ -81,7 +81,9 @@ def test_interrupted_is_uninterrupted_bit_for_bit(stage, uninterrupted,
   assert [r['step'] for r in metrics_of(tmp_path)] == [2, 4]
   # what a kill can leave: a metric too many, a torn line, a torn checkpoint
   with (tmp_path / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 5, "loss": 9.9}\n{"ste')
+    file.write('{"step": 5, "loss": 9.9}\n3\n{"ste')
+  with (tmp_path / 'throughput.jsonl').open('a') as file:
+    file.write('{"step": 6, "tok')
   torn = tmp_path / 'checkpoints' / '6.orbax-checkpoint-tmp-1'
   (torn / 'state').mkdir(parents=True)
   (torn / 'state' / 'garbage').write_text('x')
@@ -92,6 +94,8 @@ def test_interrupted_is_uninterrupted_bit_for_bit(stage, uninterrupted,
   _same(helpers.flat(params), helpers.flat(want))
   assert metrics_of(tmp_path) == metrics_of(whole)
   assert [r['step'] for r in metrics_of(whole)] == [2, 4, 6, 7]
+  rates = (tmp_path / 'throughput.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in rates] == [2, 4, 6, 7]
   ours, theirs = _final_state(tmp_path), _final_state(whole)
   assert ours[0] == theirs[0] == 7 and ours[2] == theirs[2]
   _same(ours[1], theirs[1])

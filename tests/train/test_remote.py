@@ -1,10 +1,14 @@
-"""Paths on gs://, what grows there, and damaged checkpoints, in one process."""
+"""Paths on gs:// and damaged checkpoints there, in one process."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
+import tempfile
+import time
 import types
 
 import flax.linen as nn
@@ -19,6 +23,7 @@ from gcs_server import GcsServer, Refused  # noqa: E402
 from small_run import CONFIG, RECIPE, TOKENIZER, one_device  # noqa: E402
 
 from vlm_compress import atomic, remote  # noqa: E402
+from vlm_compress.cli import __main__ as cli  # noqa: E402
 from vlm_compress.cli import stage as stage_lib  # noqa: E402
 from vlm_compress.cli import workspace  # noqa: E402
 from vlm_compress.config import ConfigError  # noqa: E402
@@ -68,51 +73,88 @@ def test_what_cannot_be_written_names_path_and_remedy(service):
     assert caught.value.filename == 'gs://bucket/a'
 
 
-def test_outbox_copies_what_has_changed(service, monkeypatch):
-  service.write('run/metrics.jsonl', b'1\n', None)
-  puts, real = [], remote.upload
-  monkeypatch.setattr(remote, 'upload', lambda local, path: (
-      puts.append(str(path)), real(local, path)))
+def test_another_process_writes_as_well(service):
+  service.write('a/1', b'x', None)
+  names = lambda: sorted(path.name for path in remote.to_path('gs://bucket/a').iterdir())
+  assert names() == ['1']
+  service.write('a/2', b'x', None)
+  assert names() == ['1', '2']  # not what the folder held a moment ago
+
+
+def test_a_workdir_in_which_nothing_can_be_deleted(service):
   workdir = remote.to_path('gs://bucket/run')
-  with outbox.Outbox(workdir, ('metrics.jsonl', 'none.jsonl')) as box:
-    lines, event = box.directory / 'metrics.jsonl', box.directory / 'a/b/event'
-    box.send()
-    assert puts == [] and lines.read_bytes() == b'1\n'
-    with lines.open('a') as file:
-      file.write('2\n')
-    event.parent.mkdir(parents=True)
-    event.write_bytes(b'x')
-    box.send()
-    box.send()
-    assert sorted(puts) == ['gs://bucket/run/a/b/event', 'gs://bucket/run/metrics.jsonl']
-    assert service.data('run/metrics.jsonl') == b'1\n2\n'
-    assert not box.is_due()
-    monkeypatch.setattr(outbox, 'SECONDS', -1.0)
-    assert box.is_due()
-    event.write_bytes(b'yz')
-  assert service.data('run/a/b/event') == b'yz' and len(puts) == 3
-  assert not box.directory.exists()
+  checkpoint.claim_workdir(workdir, {'a': 1})
+
+  def asked(method, path):
+    if method == 'DELETE':
+      raise Refused(403, 'storage.objects.delete')
+  service.asked = asked
+  with pytest.raises(ConfigError, match='Forbidden.*delete objects there'):
+    remote.check_writable(workdir, '--workdir')
+  assert any(name.startswith('run/.writable-') for name in service.names())
+  # what the try has left is no training
+  assert checkpoint.claim_workdir(workdir, {'a': 2}) == ['a: 1 -> 2']
 
 
-def test_outbox_of_a_disk_is_the_workdir(tmp_path, monkeypatch):
-  monkeypatch.setattr(outbox, 'SECONDS', -1.0)
-  with outbox.Outbox(tmp_path, ('metrics.jsonl',)) as box:
-    assert box.directory == tmp_path and not box.is_due()
-    box.send()
-  assert tmp_path.exists()
+def test_a_service_that_is_away_is_not_waited_for(service, monkeypatch):
+  monkeypatch.setattr(remote, 'PROBE_SECONDS', 0.3)
+  service.refuses, begun = 503, time.monotonic()
+  with pytest.raises(ConfigError, match='--workdir=gs://bucket/run cannot be used '
+                     r'\(no success within 0.3 seconds\).*network'):
+    remote.check_writable(remote.to_path('gs://bucket/run'), '--workdir')
+  assert time.monotonic() - begun < 10  # gcsfs alone takes half a minute or more
 
 
-def test_outbox_hides_no_error(service):
-  service.refuses = 0
-  def refuse(name):
-    raise Refused(403, 'no')
-  service.written = refuse
-  workdir = remote.to_path('gs://bucket/run')
-  with pytest.raises(remote.RemoteError), outbox.Outbox(workdir) as box:
-    (box.directory / 'a').write_text('x')
-  with pytest.raises(ConfigError), outbox.Outbox(workdir) as box:
-    (box.directory / 'a').write_text('x')
-    raise ConfigError('the reason')
+def _downloaded(service):
+  service.write('a', b'x' * 100, None)
+  with remote.scratch() as folder:
+    (folder / 'a').symlink_to('/dev/full')
+    remote.download(remote.to_path('gs://bucket/a'), folder / 'a')
+
+
+def _written(service):
+  with atomic.replace('gs://bucket/a') as temporary:
+    temporary.symlink_to('/dev/full')
+    temporary.write_bytes(b'x')
+
+
+def _grown(service):
+  with outbox.Outbox(remote.to_path('gs://bucket/run')) as box:
+    (box.directory / 'metrics.jsonl').symlink_to('/dev/full')
+    (box.directory / 'metrics.jsonl').write_text('1')
+
+
+@pytest.mark.skipif(not pathlib.Path('/dev/full').exists(), reason='no /dev/full')
+@pytest.mark.parametrize('work', [_downloaded, _written, _grown])
+def test_a_full_disk_of_ours_is_not_the_bucket(work, service):
+  with pytest.raises(OSError) as caught:  # noqa: PT011  # its words are below
+    work(service)
+  line = cli.describe(caught.value, ['--workdir=gs://bucket/run'])
+  assert line.startswith(f'{tempfile.gettempdir()}: no space left')
+  assert 'set TMPDIR' in line and '--workdir' not in line
+
+
+def test_a_quota_of_ours_is_not_the_bucket(service):
+  with pytest.raises(remote.NoRoom), remote.scratch(), remote.reported(
+      remote.to_path('gs://bucket/a'), 'read'):
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+@pytest.mark.parametrize('name', [
+    'UNAVAILABLE', 'RESOURCE_EXHAUSTED', 'DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
+    'UNAUTHENTICATED', 'ABORTED', 'CANCELLED'])
+def test_what_a_service_refuses_says_nothing_of_a_checkpoint(name, monkeypatch):
+  store, tries = object.__new__(checkpoint.CheckpointStore), []
+  monkeypatch.setattr(checkpoint, 'RETRY_SECONDS', (0.0, 0.0))
+
+  def refused(step, state):
+    tries.append(step)
+    raise ValueError(f'{words}: reading gs://bucket/run/checkpoints/2')
+  monkeypatch.setattr(store, '_compare', refused)
+  words = name
+  assert store._read(2, None)[1] == checkpoint._UNREADABLE and len(tries) == 3
+  words = 'DATA_LOSS'
+  assert store._read(2, None)[1] == checkpoint._DAMAGED and len(tries) == 4
 
 
 def test_a_damaged_checkpoint_is_put_aside(service):
@@ -129,6 +171,8 @@ def test_a_damaged_checkpoint_is_put_aside(service):
   for name in service.names('run/checkpoints/2/state/'):
     if 'manifest.ocdbt' in name or '/d/' in name:
       service.write(name, b'torn', None)
+  for name in ('2', '2_'):  # of earlier sittings
+    service.write(f'run/damaged_checkpoints/{name}/old', b'old', None)
   said = []
   store = checkpoint.CheckpointStore(directory, keep=3)
   found, data = store.restore(State(**tree), said.append)
@@ -136,7 +180,10 @@ def test_a_damaged_checkpoint_is_put_aside(service):
   assert data == {'at': 1} and 'damaged_checkpoints' in said[0]
   np.testing.assert_array_equal(found.trainable['w'], np.arange(4.0))
   assert not service.names('run/checkpoints/2/')
-  assert 'run/damaged_checkpoints/2/commit_success.txt' in service.names()
+  aside = service.names('run/damaged_checkpoints/')
+  assert 'run/damaged_checkpoints/2__/commit_success.txt' in aside
+  assert [name for name in aside if '/2__/' not in name] == [
+      f'run/damaged_checkpoints/{name}/old' for name in ('2', '2_')]
 
 
 def test_a_model_is_saved_and_started_from(service, tmp_path):

@@ -18,7 +18,7 @@ import traceback
 import vlm_compress
 from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
-from vlm_compress.remote import RemoteError
+from vlm_compress.remote import NoRoom, RemoteError, is_disk_full
 from vlm_compress.train.preemption import Preempted
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -42,8 +42,6 @@ EXTRAS = {
 _USER_ERRORS = (ConfigError, DataError, FileNotFoundError, FileExistsError,
                 PermissionError, NotADirectoryError, IsADirectoryError,
                 RemoteError)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_DISK_FULL_TEXT = 'No space left on device'
 
 
 def train(argv: list[str]) -> int:
@@ -182,17 +180,6 @@ def flag_value(argv: list[str], name: str) -> str | None:
   return None
 
 
-def is_disk_full(error: BaseException) -> bool:
-  """Whether a full disk or quota is behind the error.
-
-  Libraries that write from C++ (tensorstore below Orbax) hide the errno in
-  the text of another exception type, so the text counts as well.
-  """
-  if isinstance(error, OSError) and error.errno in _DISK_FULL:
-    return True
-  return _DISK_FULL_TEXT in str(error)
-
-
 def file_line(error: OSError) -> str:
   """One line about a file that cannot be used."""
   if error.filename is None:
@@ -219,6 +206,8 @@ def describe(error: Exception, argv: list[str]) -> str | None:
     chain.append(cause)
     cause = cause.__cause__ or cause.__context__
   for link in chain:
+    if isinstance(link, NoRoom):  # not the disk of --workdir
+      return file_line(link)
     if is_disk_full(link):
       where = (getattr(link, 'filename', None) or flag_value(argv, 'workdir')
                or 'the working directory')

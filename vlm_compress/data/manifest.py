@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from vlm_compress import remote
 from vlm_compress.data.errors import DataError
 
 FORMAT = 1  # of records and manifest
@@ -60,17 +61,21 @@ def what_is_wrong(path: str | os.PathLike[str], shard: dict[str, Any],
     path: the file.
     shard: its entry in the manifest.
     full: read all of it, not only its edges.
+
+  Raises:
+    RemoteError: it cannot be read, which says nothing about what it holds.
   """
   path = epath.Path(path)
-  if not path.exists():
-    return 'is missing'
-  size = path.stat().length
-  if size != shard['bytes']:
-    return f'has {size} bytes, the manifest says {shard["bytes"]}'
-  if full and sha256(path) != shard['sha256']:
-    return 'is damaged (its SHA-256 is not the one in the manifest)'
-  if edges(path, size) != shard['edges']:
-    return 'is damaged (the sum of its edges is not the one in the manifest)'
+  with remote.reported(path, 'read'):
+    if not path.exists():
+      return 'is missing'
+    size = path.stat().length
+    if size != shard['bytes']:
+      return f'has {size} bytes, the manifest says {shard["bytes"]}'
+    if full and sha256(path) != shard['sha256']:
+      return 'is damaged (its SHA-256 is not the one in the manifest)'
+    if edges(path, size) != shard['edges']:
+      return 'is damaged (the sum of its edges is not the one in the manifest)'
   return ''
 
 
@@ -79,26 +84,21 @@ def read(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: there is no such directory.
-    DataError: no manifest is in it, or none that this version can read; or a
-      remote directory cannot be reached.
+    DataError: no manifest is in it, or none that this version can read.
+    RemoteError: it cannot be reached.
   """
   path = epath.Path(directory) / MANIFEST
-  try:
-    exists = path.exists()
-  except Exception as e:  # the errors of every kind of remote disk
-    if '://' not in str(directory):
-      raise
-    raise DataError(f'{directory} cannot be reached ({type(e).__name__}: '
-                    f'{str(e).splitlines()[0]}); check its name, the network '
-                    'and your credentials') from e
-  if not exists:
-    if not epath.Path(directory).exists():
+  with remote.reported(path, 'read'):
+    text = path.read_bytes() if path.exists() else None
+    there = text is not None or path.parent.exists()
+  if text is None:
+    if not there:
       raise FileNotFoundError(f'data directory {directory} does not exist')
     raise DataError(f'{path} is missing: this is no data set of vlm-compress '
                     'prepare-data, or it is not finished; run that command '
                     '(again)')
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(text)
   except ValueError as e:
     raise DataError(f'{path} is no JSON ({e}); run prepare-data again') from e
   if not isinstance(found, dict) or found.get('format') != FORMAT:
@@ -125,6 +125,7 @@ def check_shards(directory: str | os.PathLike[str], manifest: dict[str, Any],
 
   Raises:
     DataError: a shard is missing or another one; it is named.
+    RemoteError: one cannot be read.
   """
   shards = manifest['shards']
   with futures.ThreadPoolExecutor(16) as pool:  # waits for a remote disk

@@ -9,6 +9,7 @@ slow, mount the bucket (gcsfuse) or copy the directory to a local disk.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import operator
@@ -22,6 +23,11 @@ from vlm_compress.data import manifest
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example
 from vlm_compress.data.record_format import to_example
+
+_METADATA = ('dataset_info.json', 'features.json')
+# What array_record says of a file whose bytes are not those that were written.
+_DAMAGED = re.compile(r'\b(Corrupted|Invalid) Riegeli/records file|'
+                      r'\bArrayRecord file should be\b')
 
 
 class PreparedSource:
@@ -48,6 +54,7 @@ class PreparedSource:
     Raises:
       FileNotFoundError: no such directory.
       DataError: it is not finished, or files are not what the manifest says.
+      RemoteError: it cannot be read.
       ConfigError: no such split.
     """
     self.directory = os.fspath(remote.to_path(os.path.expanduser(directory)))
@@ -72,29 +79,52 @@ class PreparedSource:
 
     Raises:
       IndexError: index is out of range.
-      DataError: the record is damaged.
+      DataError: the record is damaged, or a disk does not give it.
+      RemoteError: a bucket does not give it.
     """
     index = operator.index(index)
     if not -len(self) <= index < len(self):
       raise IndexError(f'{self.name} has {len(self)} rows, not {index}')
     try:
-      return to_example(self._records[index % len(self)])
-    except Exception as error:  # array_record and protobuf have no one error
+      record = self._records[index % len(self)]
+    except Exception as error:  # array_record has no one error
+      if isinstance(error, IndexError) or _DAMAGED.search(str(error)):
+        raise self._damaged(index, error) from error
+      with remote.reported(remote.to_path(self.directory),
+                           f'read at record {index}'):
+        if remote.is_remote(self.directory):
+          raise
       raise DataError(
-          f'{self.name}: record {index} cannot be read ('
-          f'{type(error).__name__}: {str(error).splitlines()[0]}); run '
-          'prepare-data again with the same arguments, which writes damaged '
-          'shards anew') from error
+          f'{self.name}: record {index} cannot be read ({remote.reason(error)}); '
+          'make sure that the files are there and may be read, and run again'
+          ) from error
+    try:
+      return to_example(record)
+    except Exception as error:  # of protobuf and of missing features
+      raise self._damaged(index, error) from error
+
+  def _damaged(self, index: int, error: Exception) -> DataError:
+    return DataError(
+        f'{self.name}: record {index} cannot be read ({remote.reason(error)}); '
+        'run prepare-data again with the same arguments, which writes damaged '
+        'shards anew')
 
 
 def _open(directory: str, found: dict[str, Any], split: str):
-  """array_record's source of a split, from TFDS's metadata."""
+  """array_record's source of a split, from TFDS's metadata.
+
+  TFDS reads a copy of them, so that what it finds wrong is in the files: of a
+  bucket that does not answer it says the same as of damage.
+  """
   import tensorflow_datasets as tfds
   from array_record.python.array_record_data_source import ArrayRecordDataSource
   try:
-    splits = tfds.builder_from_directory(directory).info.splits
-    lengths = splits['train'].shard_lengths
-    files = [os.path.basename(path) for path in splits['train'].filepaths]
+    with remote.local_copy(directory, _METADATA) as folder:
+      splits = tfds.builder_from_directory(folder).info.splits
+      lengths = splits['train'].shard_lengths
+      files = [os.path.basename(path) for path in splits['train'].filepaths]
+  except (remote.RemoteError, remote.NoRoom):
+    raise
   except Exception as error:  # errors of json, protobuf and the file system
     raise DataError(f'{directory}: dataset_info.json or features.json is '
                     f'missing or damaged ({type(error).__name__}); run '
@@ -113,4 +143,6 @@ def _open(directory: str, found: dict[str, Any], split: str):
     raise ConfigError(f'split={split!r} is not a part of a split; write for '
                       "example 'train[:10%]' or 'train[:100]'") from error
   check(bool(parts), f'split={split!r} of {directory} has no rows')
-  return ArrayRecordDataSource(parts)
+  return ArrayRecordDataSource([dataclasses.replace(
+      part, filename=os.path.join(directory, os.path.basename(part.filename)))
+      for part in parts])

@@ -66,7 +66,8 @@ def claim_workdir(workdir: remote.Path, config: dict[str, Any],
 
 def _is_untouched(workdir: remote.Path) -> bool:
   """Nothing but data, logs and an empty store of checkpoints is there."""
-  entries = {p.name for p in workdir.iterdir()} - {
+  entries = {p.name for p in workdir.iterdir()
+             if not p.name.startswith(remote.PROBE)} - {
       'config.json', 'seconds.txt', 'metrics.jsonl', 'throughput.jsonl',
       'parameters.txt', 'tensorboard', 'data', 'features'}
   return not entries or entries == {'checkpoints'} and not any(

@@ -159,7 +159,7 @@ def fit(model: Llava, recipe: Recipe, batches: Any, workdir: remote.Path, *,
                     tensorboard)
     stack.callback(log.close)
     run = _stepper(model, recipe, mesh, params, with_vision)
-    tools = _Tools(store, log, outbox, stack.enter_context(Watch(workdir, recipe)),
+    tools = _Tools(say, store, log, outbox, stack.enter_context(Watch(workdir, recipe)),
                    stack.enter_context(Notice(jax.process_count() == 1)))
     tools.watch.go_on(losses)
     trace = Profile(outbox.directory, profile_steps)
@@ -177,6 +177,7 @@ def _outbox(workdir: remote.Path) -> Outbox:
 
 class _Tools(NamedTuple):
   """What looks at every step."""
+  say: Message
   store: CheckpointStore
   log: MetricLog
   outbox: Outbox
@@ -200,7 +201,7 @@ def _step(run: Callable, state: TrainState, batches: Any, step: int, last: int,
     tools.log.write(step, metrics)
   if saves or tools.outbox.is_due():
     tools.log.flush()
-    tools.outbox.send()
+    tools.outbox.try_send(tools.say)
   if saves:
     tools.store.save(step, state, {'batches': batches.get_state(),
                                    'losses': tools.watch.losses}, metrics['loss'])

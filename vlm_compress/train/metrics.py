@@ -69,6 +69,7 @@ class MetricLog:
     self._writer = None
     if self._writes:
       self._keep_before(first_step)
+      _drop_torn_line(self._rates)
       write_text(workdir / 'parameters.txt', _parameter_tables(state))
       self._writer = _summary_writer(workdir) if tensorboard else None
     console = Console(stderr=True)
@@ -89,8 +90,8 @@ class MetricLog:
       try:
         if json.loads(line)['step'] <= first_step:
           kept.append(line)
-      except (json.JSONDecodeError, KeyError):
-        break  # a torn last line of a killed process
+      except (json.JSONDecodeError, KeyError, TypeError):
+        break  # no line of ours, and none behind it can be trusted
     write_text(self._path, ''.join(f'{line}\n' for line in kept))
 
   def step(self, step: int, batch: Any) -> None:
@@ -131,6 +132,13 @@ class MetricLog:
     self.flush()
     if self._writer is not None:
       self._writer.close()
+
+
+def _drop_torn_line(path: pathlib.Path) -> None:
+  """Cuts off what a killed process has begun of a last line, if anything."""
+  text = path.read_bytes() if path.exists() else b''
+  if text and not text.endswith(b'\n'):
+    write_text(path, text[:text.rfind(b'\n') + 1].decode())
 
 
 class Profile:
