@@ -189,6 +189,16 @@ def exists(path: Path) -> bool:
     return path.exists()
 
 
+def generation(path: epath.Path) -> str:
+  """The number of an object, another one whenever it is written; '' if unknown.
+
+  Raises:
+    RemoteError: the bucket does not answer, or has no such object.
+  """
+  with reported(path, 'read'):
+    return str(_files().info(os.fspath(path)).get('generation', ''))
+
+
 def move(path: Path, target: Path) -> None:
   """Renames a directory; one of a bucket object by object.
 

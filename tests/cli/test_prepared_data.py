@@ -16,6 +16,7 @@ import llava_rows  # noqa: E402
 
 from vlm_compress.cli import stage as stage_lib  # noqa: E402
 from vlm_compress.cli import workspace  # noqa: E402
+from vlm_compress.cli.claims import claim  # noqa: E402
 from vlm_compress.cli.quickstart_config import get_config  # noqa: E402
 from vlm_compress.config import ConfigError  # noqa: E402
 from vlm_compress.data import lengths  # noqa: E402
@@ -134,11 +135,26 @@ def test_other_data_are_no_way_to_go_on(root, tmp_path):
   split = workspace.open_split(stage.data, 'train', tmp_path, print,
                                stage_lib.vision_of(stage))
   work = tmp_path / 'run'
-  stage_lib.claim(work, stage_lib.describe(stage), split.fingerprint)
+  claim(work, stage_lib.describe(stage), split.fingerprint)
   (work / 'checkpoints' / '2').mkdir(parents=True)
   other = dataclasses.replace(split, fingerprint='0123')
   with pytest.raises(ConfigError, match=f'{split.fingerprint} -> 0123.*pictures'):
     stage_lib.run_stage(stage, work, other, message=print, tensorboard=False)
+
+
+@pytest.mark.parametrize('buckets', [(), BUCKETS])
+def test_a_state_of_other_data_of_the_same_length_is_refused(root, tmp_path, buckets):
+  """--allow-config-change lets a run begin on them; its checkpoint says no."""
+  source = llava_rows.write(tmp_path, 46)
+  llava_rows.picture(tmp_path / 'images/0.jpg', 999)
+  prepare(Preparation(source, tmp_path / 'images', tmp_path / 'data', shard_mb=0.05))
+  (tmp_path / 'tokenizer.json').write_bytes((root / 'tokenizer.json').read_bytes())
+  one, same, other = (batches_of(stage_of(
+      where, rows={'length': 150, 'bucket_lengths': buckets}), tmp_path)
+                      for where in (root, root, tmp_path))
+  same.set_state(one.get_state())
+  with pytest.raises(DataError, match='--allow-config-change cannot allow'):
+    other.set_state(one.get_state())
 
 
 def test_voco_stage_leaves_text_out(root, tmp_path):

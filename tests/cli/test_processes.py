@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from vlm_compress.cli import distributed, stage, together, train
+from vlm_compress.cli import claims, distributed, stage, together, train
 from vlm_compress.config import ConfigError
 
 
@@ -31,11 +31,11 @@ def test_a_workdir_that_only_one_host_sees_is_refused(tmp_path, monkeypatch):
   with monkeypatch.context() as second:
     second.setattr(jax, 'process_index', lambda: 1)
     with pytest.raises(ConfigError, match='process 1 does not see.*hosts share'):
-      stage._claim(tmp_path / 'w', settings, 'a1', False, print)
+      claims.claim_together(tmp_path / 'w', settings, 'a1', False, print)
   assert not (tmp_path / 'w').exists()
-  stage._claim(tmp_path / 'w', settings, 'a1', False, print)
+  claims.claim_together(tmp_path / 'w', settings, 'a1', False, print)
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  stage._claim(tmp_path / 'w', settings, 'a1', False, print)
+  claims.claim_together(tmp_path / 'w', settings, 'a1', False, print)
 
 
 @pytest.mark.parametrize('process, order', [
@@ -73,23 +73,23 @@ def test_a_finished_model_is_waited_for(tmp_path, monkeypatch):
 def trained(workdir, content='a1', **more):
   """A workdir with a checkpoint, of these settings and data."""
   settings = {'train': {'steps': 7}, **more}
-  assert stage.claim(workdir, settings, content) == []
+  assert claims.claim(workdir, settings, content) == []
   (workdir / 'checkpoints' / '2').mkdir(parents=True)
   return settings
 
 
 def test_other_data_are_refused(tmp_path):
   settings = trained(tmp_path)
-  assert stage.claim(tmp_path, settings, 'a1') == []
+  assert claims.claim(tmp_path, settings, 'a1') == []
   with pytest.raises(ConfigError, match='data_fingerprint: a1 -> b2.*data_fingerprint '
                      'says that rows or pictures'):
-    stage.claim(tmp_path, settings, 'b2')
+    claims.claim(tmp_path, settings, 'b2')
   with pytest.raises(ConfigError, match='steps: 7 -> 8') as caught:
-    stage.claim(tmp_path, {'train': {'steps': 8}}, 'a1')
+    claims.claim(tmp_path, {'train': {'steps': 8}}, 'a1')
   assert 'pictures' not in str(caught.value)
-  assert stage.claim(tmp_path, settings, 'b2', allow_change=True) == [
+  assert claims.claim(tmp_path, settings, 'b2', allow_change=True) == [
       'config changed: data_fingerprint: a1 -> b2']
-  assert stage.claim(tmp_path, settings, 'b2') == []
+  assert claims.claim(tmp_path, settings, 'b2') == []
 
 
 def test_a_workdir_that_does_not_say_its_data_goes_on_with_these(tmp_path):
@@ -97,9 +97,9 @@ def test_a_workdir_that_does_not_say_its_data_goes_on_with_these(tmp_path):
   mark = tmp_path / 'config.json'
   mark.write_text(json.dumps(settings))
   with pytest.raises(ConfigError, match='steps: 7 -> 8'):
-    stage.claim(tmp_path, {'train': {'steps': 8}}, 'a1')
+    claims.claim(tmp_path, {'train': {'steps': 8}}, 'a1')
   assert json.loads(mark.read_text()) == settings
-  line, = stage.claim(tmp_path, settings, 'a1')
+  line, = claims.claim(tmp_path, settings, 'a1')
   assert 'config.json did not say which data' in line
   with pytest.raises(ConfigError, match='data_fingerprint: a1 -> b2'):
-    stage.claim(tmp_path, settings, 'b2')
+    claims.claim(tmp_path, settings, 'b2')

@@ -119,11 +119,14 @@ def test_resumed_by_another_number_of_processes(before, after, shuffle):
     assert step(second) == step(whole)
 
 
-@pytest.mark.parametrize('other', [{'seed': 4}, {'shuffle': False}])
+@pytest.mark.parametrize('other', [{'seed': 4}, {'shuffle': False},
+                                   {'fingerprint': 'b2'}])
 def test_state_of_another_order_is_refused(other):
   first = _pipeline()
   next(first)
   with pytest.raises(DataError, match='other data, tokenizer, seed or buckets'):
+    _pipeline(**other).set_state(first.get_state())
+  with pytest.raises(DataError, match='--allow-config-change cannot.*train.seed'):
     _pipeline(**other).set_state(first.get_state())
   with pytest.raises(DataError, match='by an older version'):
     _pipeline().set_state({'next_index': 4})

@@ -73,7 +73,9 @@ def test_files_and_counts(whole):
   assert set(content(whole)) == {
       '.lock', 'plan.json', 'manifest.json', 'features.json',
       'dataset_info.json', *(f'shards/{k:05d}.json' for k in range(5)),
-      *(f'rows-train.array_record-{k:05d}-of-00005' for k in range(5))}
+      *(f'rows-train.array_record-{k:05d}-of-00005' for k in range(5)),
+      *(f'conversations/rows-train.array_record-{k:05d}-of-00005.jsonl.gz'
+        for k in range(5))}
 
 
 def test_tfds_opens_it(source, whole):

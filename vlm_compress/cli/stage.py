@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from ml_collections import ConfigDict
 
 from vlm_compress import remote
 from vlm_compress.atomic import write_text
+from vlm_compress.cli.claims import claim_together
+from vlm_compress.cli.start_weights import Digests, content_digest
 from vlm_compress.cli.together import agreed, appears, first_alone
 from vlm_compress.cli.workspace import (
   DataSpec,
@@ -34,22 +35,20 @@ from vlm_compress.convert.processor import Processor
 from vlm_compress.data.buckets import Schedule, padding, plain_padding
 from vlm_compress.data.input_pipeline import make_bucketed, make_dataset
 from vlm_compress.data.lengths import row_lengths
-from vlm_compress.data.manifest import sha256
 from vlm_compress.data.prepared import PreparedSource
 from vlm_compress.data.rows import RowSpec, plain_collate, row_maker, voco_collate
 from vlm_compress.data.tokenizer import Tokenizer
 from vlm_compress.models.llava import Llava
 from vlm_compress.sharding import MeshSpec, make_mesh
-from vlm_compress.train.checkpoint import claim_workdir
 from vlm_compress.train.loop import check_mesh, data_share, fit
 from vlm_compress.train.recipe import Recipe
 from vlm_compress.train.shapes import reads_pixels
+from vlm_compress.train.space import check_space
 from vlm_compress.train.state import Given
 
 _MEASURED_HERE = 5000  # rows; for fewer of them no processes are started
 SECTIONS = ('model', 'data', 'rows', 'train', 'eval', 'init_from')
 OPTIONAL = ('mesh',)
-CONTENT = 'data_fingerprint'  # in config.json: what the data hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,22 +154,27 @@ def _check_voco_rows(stage: Stage) -> None:
         f'{have} of config.model.voco; set both')
 
 
-def describe(stage: Stage) -> dict[str, Any]:
+def describe(stage: Stage, digest: Callable[[remote.Path], str] = content_digest
+             ) -> dict[str, Any]:
   """A stage as plain types, for config.json.
 
   The weights that it starts from are named by their content: a workdir may
   move, but must not go on from other weights.
 
+  Args:
+    stage: what to do.
+    digest: of a file's content.
+
   Raises:
     ConfigError: init_from holds no weights.
   """
-  digest = ''
+  weights = ''
   if stage.init_from:
     path = remote.to_path(stage.init_from) / WEIGHTS
     check(remote.exists(path), f'init_from={stage.init_from}: {path} does not '
           'exist; train that model first or name another directory')
-    digest = f'sha256:{sha256(path)}'
-  values = {**dataclasses.asdict(stage), 'init_from': digest}
+    weights = digest(path)
+  values = {**dataclasses.asdict(stage), 'init_from': weights}
   del values['mesh']
   return values
 
@@ -193,6 +197,8 @@ def stage_batches(stage: Stage, config: LlavaConfig, split: Split,
     DataError: a row cannot be made.
   """
   rows = stage.rows
+  if split.features is None:
+    _check_pictures(split.examples, rows.max_images, message or (lambda line: None))
   is_voco = stage.recipe.stage == 'voco'
   collate = voco_collate(rows, config) if is_voco else plain_collate(rows)
   transform = row_maker(rows, tokenizer, config, split.features,
@@ -206,7 +212,28 @@ def stage_batches(stage: Stage, config: LlavaConfig, split: Split,
         split.examples, transform,
         _schedule(stage, config, split, tokenizer, message), **shared)
   return make_dataset(split.examples, transform, seed=stage.recipe.seed,
-                      batch_size=stage.recipe.batch_size // share[1], **shared)
+                      batch_size=stage.recipe.batch_size // share[1],
+                      fingerprint=split.fingerprint, **shared)
+
+
+def _check_pictures(source: Any, max_images: int, say: Message) -> None:
+  """Whether all rows' pictures have place, where that is known without reading
+  the rows.
+
+  Raises:
+    ConfigError: a row has more.
+  """
+  if not hasattr(source, 'most_pictures'):
+    return
+  most, exact = source.most_pictures()
+  check(most <= max_images, f'a row of {source!r} has {"" if exact else "at least "}'
+        f'{most} pictures, more than rows.max_images={max_images}; raise it, or '
+        'prepare a file without such rows')
+  if not exact:
+    say(f'warning: rows have several pictures, and only when one with more than '
+        f'rows.max_images={max_images} is drawn will it be found: the data were '
+        'prepared by an older version; prepare-data with the same arguments adds '
+        'what says so')
 
 
 def _schedule(stage: Stage, config: LlavaConfig, split: Split,
@@ -265,28 +292,25 @@ def run_stage(stage: Stage, workdir: remote.Path, split: Split, *,
   """
   tokenizer = tokenizer_for(stage.data, split.examples)
   config = model_config(stage.model, tokenizer)
-  learns = stage.recipe.trainable
-  check(bool(stage.init_from) or not (
-      stage.recipe.teacher == 'frozen' or config.lora is not None or
-      learns and all(prefix.startswith('atp') for prefix in learns)),
-        'a frozen teacher or a frozen decoder (as with lora) needs trained '
-        'weights: set --config.init_from')
-  if not stage.init_from and stage.recipe.stage in ('voco', 'atp'):
-    message(f'warning: stage {stage.recipe.stage} starts from random weights; '
-            'both methods start from a trained model: --config.init_from')
+  _check_start(stage, config, message)
   mesh = make_mesh(**dataclasses.asdict(stage.mesh))
   check_mesh(config, stage.recipe, mesh)
-  _claim(workdir, lambda: describe(stage) if settings is None else settings,
-         split.fingerprint, allow_change, message)
+  digests = Digests(workdir)
+  claim_together(
+      workdir, lambda: describe(stage, digests) if settings is None else settings,
+      split.fingerprint, allow_change, message)
+  digests.save()
   result, clock = workdir / 'model', workdir / 'seconds.txt'
   before = float(clock.read_text()) if clock.exists() else 0.0
   if agreed((result / CONFIG).exists()):  # written last
     return config, before
+  model = Llava(config, unroll=_unroll(config, stage.recipe.steps))
+  if jax.process_index() == 0:  # the one that writes the model
+    check_space(workdir, model, stage.recipe, mesh, reads_pixels(config.vision))
   given = _given(stage.init_from, config, message)
   started = time.perf_counter()
   try:
-    params = fit(Llava(config, unroll=_unroll(config, stage.recipe.steps)),
-                 stage.recipe, stage_batches(
+    params = fit(model, stage.recipe, stage_batches(
                      stage, config, split, tokenizer, message, data_share(
                          mesh, stage.recipe.batch_size)),
                  workdir, params=given, mesh=mesh, tensorboard=tensorboard,
@@ -298,6 +322,23 @@ def run_stage(stage: Stage, workdir: remote.Path, split: Split, *,
       write_text(clock, f'{seconds:.1f}')
   _save(result, params, config, tokenizer, stage.rows)
   return config, seconds
+
+
+def _check_start(stage: Stage, config: LlavaConfig, message: Message) -> None:
+  """Whether what stays as it is has been trained.
+
+  Raises:
+    ConfigError: it would stay random.
+  """
+  learns = stage.recipe.trainable
+  check(bool(stage.init_from) or not (
+      stage.recipe.teacher == 'frozen' or config.lora is not None or
+      learns and all(prefix.startswith('atp') for prefix in learns)),
+        'a frozen teacher or a frozen decoder (as with lora) needs trained '
+        'weights: set --config.init_from')
+  if not stage.init_from and stage.recipe.stage in ('voco', 'atp'):
+    message(f'warning: stage {stage.recipe.stage} starts from random weights; '
+            'both methods start from a trained model: --config.init_from')
 
 
 def _save(result: remote.Path, params: dict[str, Any], config: LlavaConfig,
@@ -329,54 +370,6 @@ def _given(init_from: str, config: LlavaConfig, message: Message) -> Given:
       params, _ = merge(params, source)
     return params
   return read
-
-
-def claim(workdir: remote.Path, settings: dict[str, Any], content: str,
-          allow_change: bool = False) -> list[str]:
-  """Marks a directory as a run's, by its settings and what its data hold.
-
-  One that was marked before data were part of it is taken to have had these.
-
-  Args:
-    workdir, settings, allow_change: see `claim_workdir`.
-    content: fingerprint of the data.
-
-  Returns:
-    Lines for the user.
-
-  Raises:
-    ConfigError: it is another run's, or this one's on other data.
-  """
-  mark, known = workdir / 'config.json', {**settings, CONTENT: content}
-  older = mark.exists() and f'"{CONTENT}"' not in mark.read_text()
-  try:
-    changes = claim_workdir(workdir, settings if older else known, allow_change)
-  except ConfigError as error:
-    raise ConfigError(str(error) + (
-        f'. {CONTENT} says that rows or pictures of the data are others than '
-        'when it began' if CONTENT in str(error) else '')) from error
-  lines = [f'config changed: {change}' for change in changes]
-  if older:
-    write_text(mark, json.dumps(known, indent=1, sort_keys=True))
-    lines.append(f'{mark} did not say which data the run began with; it goes on '
-                 'with these, and from now on they must stay the same')
-  return lines
-
-
-def _claim(workdir: remote.Path, settings: Callable[[], dict[str, Any]],
-           content: str, allow_change: bool, message: Message) -> None:
-  """Marks a directory as this run's; every process must see the mark.
-
-  Raises:
-    ConfigError: it is another run's, or on a disk of one host of several.
-  """
-  if jax.process_index() == 0:
-    for line in claim(workdir, settings(), content, allow_change):
-      message(line)
-  multihost_utils.sync_global_devices('the workdir is claimed')
-  check(appears(workdir / 'config.json'), f'--workdir={workdir}: process {jax.process_index()} '
-        'does not see what process 0 wrote there; name a folder on a disk that '
-        'all hosts share')
 
 
 def _unroll(config: LlavaConfig, steps: int) -> int:

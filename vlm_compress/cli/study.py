@@ -21,8 +21,9 @@ from rich.console import Console
 from vlm_compress.atomic import write_text
 from vlm_compress.cli import results
 from vlm_compress.cli.arguments import MAX_SEED, Parser, number
+from vlm_compress.cli.claims import claim
 from vlm_compress.cli.quickstart import SHIPPED, versions
-from vlm_compress.cli.stage import Stage, bridge, claim, describe, run_stage
+from vlm_compress.cli.stage import Stage, bridge, describe, run_stage
 from vlm_compress.cli.train import load_module
 from vlm_compress.cli.workspace import Split, open_split, tokenizer_for
 from vlm_compress.config import check

@@ -38,7 +38,8 @@ def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
                  collate: Collate, shuffle: bool = True,
                  num_epochs: int | None = None, process_index: int = 0,
                  process_count: int = 1, drop_remainder: bool = True,
-                 num_threads: int = 0, prefetch: int = 0) -> Batches:
+                 num_threads: int = 0, prefetch: int = 0,
+                 fingerprint: str = '') -> Batches:
   """Makes an iterator over batches.
 
   Args:
@@ -58,6 +59,8 @@ def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
     num_threads: threads that read and transform ahead; 0 does it in the
       calling thread, which is right for few cores.
     prefetch: finished batches kept ready by one more thread; 0 for none.
+    fingerprint: of the content of the source; a state of other content is
+      refused.
 
   Raises:
     ConfigError: impossible numbers.
@@ -83,7 +86,7 @@ def make_dataset(source, transform: Transform, *, batch_size: int, seed: int,
     return _batched(dataset, batch_size, drop_remainder, collate, num_threads,
                     prefetch)
 
-  plan = json.dumps([length, seed, shuffle])
+  plan = json.dumps([fingerprint, length, seed, shuffle])
   return Batches(start_at, batch_size * process_count,
                  hashlib.sha256(plan.encode()).hexdigest()[:16])
 
@@ -169,7 +172,10 @@ class Batches:
       raise DataError('the checkpoint was made with other data, tokenizer, seed '
                       'or buckets, or by an older version: which rows it has '
                       'seen is not known; use those it was made with, or another '
-                      '--workdir')
+                      '--workdir.  --allow-config-change cannot allow it: data, '
+                      'train.seed and whether there are rows.bucket_lengths must '
+                      'stay; where there are, also their values, '
+                      'train.batch_size, tokenizer and template')
     if self._inner is not None:
       self._inner.close()
     self._rows, self._inner = int(state['rows']), None

@@ -135,8 +135,8 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
 
   Args:
     source: random access to Examples.  Pictures are not read where it has a
-      method `conversation`, which gives an Example without their bytes; a
-      record of a prepared data set is one piece and is read whole.
+      method `conversation`, which gives an Example without their bytes; of a
+      prepared data set only if it has conversations beside its records.
     spec: how rows are made; without `kinds`.
     tokenizer, config: of the model.
     frozen: rows have frozen features and not pixels.
@@ -161,6 +161,10 @@ def row_lengths(source: Any, spec: RowSpec, tokenizer: Tokenizer,
   table = _read(path, count, message)
   if table is None:
     message(f'measuring {count} rows into {path} (once)')
+    if not getattr(source, 'has_conversations', True):
+      message('the data were prepared by an older version, with no conversations '
+              'beside the records: all pictures are read, too; prepare-data with '
+              'the same arguments adds them without writing records anew')
     table = np.zeros((count, 2), np.int32)
     jobs = (_Job(ruler, source, start, min(start + _CHUNK, count))
             for start in range(0, count, _CHUNK))

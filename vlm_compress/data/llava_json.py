@@ -131,6 +131,10 @@ class LlavaJson:
     row = self._rows[operator.index(index)]
     return self._example(row, (b'',) * len(row.names))
 
+  def most_pictures(self) -> tuple[int, bool]:
+    """Pictures of the row that has most; True: that is known exactly."""
+    return max(len(row.names) for row in self._rows), True
+
   def _example(self, row: LlavaRow, pictures: tuple[bytes, ...]) -> Example:
     metadata = {**row.extra, 'id': row.row_id, 'row': row.index,
                 'image': list(row.names)}

@@ -9,6 +9,7 @@ the same byte for byte.
 
   plan.json          what the directory is made from, and the number of shards
   NAME-train.array_record-00000-of-00012, ...      the shards
+  conversations/...  the text of each shard, see data/conversations.py
   shards/00000.json  what is in a shard: the shard is complete
   broken.jsonl       rows that cannot be used, and why; only if there are any
   manifest.json      all shards and their sums

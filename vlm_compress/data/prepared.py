@@ -20,6 +20,7 @@ from typing import Any, SupportsIndex
 from vlm_compress import remote
 from vlm_compress.config import ConfigError, check
 from vlm_compress.data import manifest
+from vlm_compress.data.conversations import FIELD, Conversations
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example
 from vlm_compress.data.record_format import to_example
@@ -39,6 +40,7 @@ class PreparedSource:
     name: '<directory>/<split>'.
     fingerprint: hexadecimal digest of the shards' sums and the split.
     counts: of the whole data set, see manifest.COUNTS.
+    has_conversations: they can be read without the pictures.
   """
 
   def __init__(self, directory: str | os.PathLike[str], split: str = 'train',
@@ -66,7 +68,10 @@ class PreparedSource:
         [found['name'], [s['sha256'] for s in found['shards']], split]
         ).encode())
     self.fingerprint = digest.hexdigest()[:16]
-    self._records = _open(self.directory, found, split)
+    self._records, parts = _open(self.directory, found, split)
+    self.has_conversations = all(FIELD in shard for shard in found['shards'])
+    self._conversations = (Conversations(self.directory, found['shards'], parts)
+                           if self.has_conversations else None)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -110,8 +115,34 @@ class PreparedSource:
         'shards anew')
 
 
+  def conversation(self, index: SupportsIndex) -> Example:
+    """The example with pictures of no bytes: none is read.
+
+    Where the data set has no conversations beside its records, the example
+    with its pictures.
+
+    Raises:
+      DataError: what is read is missing or damaged.
+    """
+    return (self[index] if self._conversations is None
+            else self._conversations[index])
+
+  def most_pictures(self) -> tuple[int, bool]:
+    """Pictures of the row that has most, and whether that is known exactly.
+
+    Without conversations beside the records there may be rows with more.
+    """
+    if self._conversations is not None:
+      return self._conversations.most_pictures(), True
+    if not self.counts['several_pictures']:
+      return int(self.counts['pictures'] > 0), True
+    # Counts are of the whole data set; a part may have none of those rows.
+    return (2 if self.name.endswith('/train') else 0), False
+
+
 def _open(directory: str, found: dict[str, Any], split: str):
-  """array_record's source of a split, from TFDS's metadata.
+  """array_record's source of a split, from TFDS's metadata; and its parts: (name
+  of a shard, first record, number of records).
 
   TFDS reads a copy of them, so that what it finds wrong is in the files: of a
   bucket that does not answer it says the same as of damage.
@@ -143,6 +174,8 @@ def _open(directory: str, found: dict[str, Any], split: str):
     raise ConfigError(f'split={split!r} is not a part of a split; write for '
                       "example 'train[:10%]' or 'train[:100]'") from error
   check(bool(parts), f'split={split!r} of {directory} has no rows')
-  return ArrayRecordDataSource([dataclasses.replace(
-      part, filename=os.path.join(directory, os.path.basename(part.filename)))
-      for part in parts])
+  names = [os.path.basename(part.filename) for part in parts]
+  records = ArrayRecordDataSource([
+      dataclasses.replace(part, filename=os.path.join(directory, name))
+      for part, name in zip(parts, names)])
+  return records, [(name, part.skip, part.take) for part, name in zip(parts, names)]

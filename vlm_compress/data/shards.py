@@ -1,9 +1,10 @@
 """Writing one shard of a prepared data set, in whatever process.
 
 A shard is the rows first_row .. first_row + num_rows of the source file.  It
-appears under its name when all of it is on the disk, and then a small JSON
-file about it: sums, counts and the rows that were left out.  A shard with
-that file is done and is not written again.
+appears under its name when all of it is on the disk, then its conversations
+(data/conversations.py), and then a small JSON file about both: sums, counts and
+the rows that were left out.  A shard with that file is done and is not written
+again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_compress import atomic, remote
-from vlm_compress.data import images, manifest
+from vlm_compress.data import conversations, images, manifest
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.llava_json import LlavaRow, check_row
 from vlm_compress.data.record_format import to_record
@@ -70,9 +71,10 @@ class Done:
 def write_shard(job: Job) -> Done:
   """Writes the shard of a job, unless it is there and right."""
   found = _found(job)
-  if found is not None:
-    return Done(job.first_row, len(job.rows), found, found['broken'])
   directory = remote.to_path(job.directory)
+  if found is not None:
+    failure = _mended(job, found)
+    return Done(job.first_row, len(job.rows), found, found['broken'], failure)
   path, about = directory / job.file, directory / job.about
   broken: list[dict[str, Any]] = []
   shard, failure = None, ''
@@ -88,6 +90,7 @@ def write_shard(job: Job) -> Done:
                'rows': len(job.rows), **counts, 'bytes': size,
                'sha256': manifest.sha256(temporary),
                'edges': manifest.edges(temporary, size), 'broken': broken}
+    shard[conversations.FIELD] = _write_conversations(job, broken)
     atomic.write_text(about, json.dumps(shard, indent=1))
   except _Unwanted:
     pass
@@ -96,6 +99,30 @@ def write_shard(job: Job) -> Done:
     failure = e.strerror or str(e)
   return Done(job.first_row, len(job.rows), shard, broken, failure,
               written=shard is not None)
+
+
+def _mended(job: Job, shard: dict[str, Any]) -> str:
+  """Writes conversations that a shard lacks, without its pictures, and puts them
+  into its entry; why it could not be done, or ''.
+  """
+  directory = remote.to_path(job.directory)
+  if not conversations.what_is_wrong(directory, shard.get(conversations.FIELD)):
+    return ''
+  try:
+    shard[conversations.FIELD] = _write_conversations(job, shard['broken'])
+    atomic.write_text(directory / job.about, json.dumps(shard, indent=1))
+  except OSError as e:
+    return e.strerror or str(e)
+  return ''
+
+
+def _write_conversations(job: Job, broken: list[dict[str, Any]]) -> dict[str, Any]:
+  """Of the rows of a job that are not broken; the entry for the manifest."""
+  lost = {about['row'] for about in broken}
+  places = enumerate(job.rows, job.first_row)
+  return conversations.write(
+      remote.to_path(job.directory), job.file,
+      (check_row(index, raw) for index, raw in places if index not in lost))
 
 
 class _Unwanted(Exception):

@@ -69,7 +69,7 @@ def _is_untouched(workdir: remote.Path) -> bool:
   entries = {p.name for p in workdir.iterdir()
              if not p.name.startswith(remote.PROBE)} - {
       'config.json', 'seconds.txt', 'metrics.jsonl', 'throughput.jsonl',
-      'parameters.txt', 'tensorboard', 'data', 'features'}
+      'parameters.txt', 'tensorboard', 'data', 'features', 'init_digest.json'}
   return not entries or entries == {'checkpoints'} and not any(
       (workdir / 'checkpoints').iterdir())
 
