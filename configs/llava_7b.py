@@ -24,13 +24,13 @@ Hours:     compiler bound, not measured: the bound of a step (results/compile) t
            align          0.13 on v5e-256
            instruct       0.41 on v5e-256
            voco           0.76 on v5e-256, 1.30 on v5p with 64 chips
-           voco_kl        0.00 on v5e-256
+           voco_kl        0.95 on v5e-256
            atp            0.41 on v5e-256, 0.71 on v5p with 64 chips
            atp88          as atp: the same program with another target
            atp_frozen     0.31 on v5e-256
            instruct_lora  9.99 on v5e-16
-           voco_lora      0.00 on v5e-16
-           atp_lora       0.00 on v5e-16
+           voco_lora      13.01 on v5e-16
+           atp_lora       8.83 on v5e-16
            13b_align      0.25 on v5e-256
            13b_instruct   0.80 on v5e-256
            13b_voco       1.47 on v5e-256
@@ -47,8 +47,8 @@ Expected:  nothing here was trained by us.  The literature's, 7B:
                      the full model with 144 tokens
            atp88     GQA 56.8, MMBench 64.7, POPE 82.6, VQAv2 73.3; 94.6 % with
                      88 (arXiv 2412.00447)
-           atp_frozen, voco_kl, the lora pages of voco and atp, and 13B of voco and
-           atp: no scores that we know of
+           atp_frozen, voco_kl, voco_lora, atp_lora, and 13B of voco and atp: no
+           scores that we know of
            instruct_lora  VQAv2 79.1, GQA 63.0, POPE 86.4, MMBench 66.1, MME 1476.9,
                      SQA-I 68.4 (LLaVA-1.5's model zoo)
 
@@ -172,6 +172,8 @@ def _adapt(config: ConfigDict, page: str) -> None:
   config.train.trainable = tuple('*/lora_*' if name == DECODER else name
                                  for name in config.train.trainable)
   config.mesh.update(fsdp=16, tensor=1)
+  if 'atp' in config.model:  # soft masks take more memory: whole batches do not fit
+    config.train.accumulate_steps = 2
 
 
 def _shrink(config: ConfigDict) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+from vlm_compress.cli.train import load_page
 from vlm_compress.eval import compile_report, report
 from vlm_compress.eval.benchmark import report as benchmark_report
 
@@ -61,3 +62,20 @@ def test_the_compile_table_is_that_of_the_reports():
   for path in (ROOT / 'results/compile').glob('*/compile.json'):
     page = path.with_name('compile.md').read_text()
     assert page == compile_report.markdown(json.loads(path.read_text())), path
+
+
+def test_the_sweep_table_is_that_of_the_report():
+  report = (ROOT / 'results/sweep/report.md').read_text()
+  shown = (ROOT / 'README.md').read_text().partition(
+      '<!-- sweep table: begin (from results/sweep/report.md) -->')[2].partition(
+          '<!-- sweep table: end')[0].strip()
+  assert shown.startswith('| method |') and shown in report
+  rows = json.loads((ROOT / 'results/sweep/rows.json').read_text())
+  page = load_page(f'{ROOT}/configs/sweeps.py:tiny')
+  assert not rows['failed'] and len(rows['rows']) >= 40
+  for row in rows['rows']:  # of one seed a line is that row
+    if row['method'] in ('FastV', 'DivPrune'):
+      low, high = (100 * x for x in row['ci95'])
+      assert f'{100 * row["accuracy"]:.1f} \\[{low:.1f}, {high:.1f}\\]' in shown
+  assert set(page.methods[i][1] for i in range(len(page.methods))) <= {
+      row['method_key'] for row in rows['rows']}

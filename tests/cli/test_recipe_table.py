@@ -64,7 +64,7 @@ def test_a_recipe_is_the_papers(size, name):
   assert (recipe.b2, recipe.weight_decay, recipe.final_learning_rate) == (
       0.999, 0.0, 0.0)
   assert (recipe.clip_norm, recipe.accumulate_steps, recipe.teacher) == (
-      1.0, 1, 'frozen' if name == 'voco_kl' else 'none')
+      1.0, 2 if name == 'atp_lora' else 1, 'frozen' if name == 'voco_kl' else 'none')
   assert recipe.spike_factor == 5.0
   assert recipe.trainable == learns
   assert (stage.rows.template, stage.rows.image_aspect_ratio, stage.rows.one_turn,

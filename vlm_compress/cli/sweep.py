@@ -226,7 +226,8 @@ def tables(out: pathlib.Path, rows: Sequence[dict[str, Any]], allow_partial: boo
   groups: dict[str, list] = {}
   for row in rows:
     # Seeds are joined, and nothing else: random tokens cut elsewhere are others.
-    row = {**row, 'line': row['cell'].rpartition('--')[0]}
+    row = {**row, 'line': row['cell'].rpartition('--')[0],
+           'placement': sweep_report.placement(out, row)}
     key = f'{row["benchmark"]}:{row["split"]}' if row['split'] else row['benchmark']
     groups.setdefault(key, []).append(row)
   for some in groups.values():  # before anything is printed

@@ -41,7 +41,7 @@ def write_report(sweep_dir: str | os.PathLike[str], *, allow_partial: bool = Fal
   """
   home = pathlib.Path(sweep_dir)
   content = _content(home / 'rows.json')
-  rows = [{**row, 'placement': _placement(home, row)} for row in content['rows']]
+  rows = [{**row, 'placement': placement(home, row)} for row in content['rows']]
   found = benches(rows, allow_partial)  # refuses before anything is read or drawn
   details: dict[str, sweep_page.Details] = {}
   for bench in found:
@@ -81,7 +81,7 @@ def _content(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _placement(home: pathlib.Path, row: Mapping[str, Any]) -> tuple[int, ...]:
+def placement(home: pathlib.Path, row: Mapping[str, Any]) -> tuple[int, ...]:
   """Layers behind which a run cuts tokens; () is in front of all, or nowhere."""
   path = home / 'runs' / row['cell'] / 'config.json'
   try:
