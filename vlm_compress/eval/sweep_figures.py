@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlm_compress.eval.sweep_tables import Bench, mean
 
 _WORSE, _EVEN, _BETTER = np.array([[0.85, 0.42, 0.36], [1, 1, 1], [0.36, 0.58, 0.82]])
 _SPAN = 0.25  # a difference to the full model that has the full colour, as a share
+_WIDTH = 12  # letters of a column's name in a line
 
 
 def has_latency(bench: Bench) -> bool:
@@ -73,7 +75,8 @@ def draw_kinds(ax: Any, columns: Sequence[tables.Entry], kinds: Sequence[str]) -
               va='center', fontsize=8, color=figures.INK)
   ax.imshow(picture, aspect='auto', interpolation='nearest')
   ax.set_xticks(range(len(columns)), [
-      e.name if tables.is_full(e) else f'{e.name}\n{e.average_tokens:.3g} tokens'
+      e.name if tables.is_full(e) else
+      f'{textwrap.fill(e.name, _WIDTH)}\n{e.average_tokens:.3g} tokens'
       for e in columns], fontsize=8, color=figures.INK)
   ax.set_yticks(range(len(kinds)), kinds, fontsize=8, color=figures.INK)
   ax.xaxis.tick_top()
