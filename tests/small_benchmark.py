@@ -38,7 +38,7 @@ def write_gqa(root: pathlib.Path, answers: dict[str, str] | None = None) -> path
   return root
 
 
-def write_model(directory: pathlib.Path, config) -> pathlib.Path:
+def write_model(directory: pathlib.Path, config, **kwargs) -> pathlib.Path:
   """A model directory with random weights."""
-  api.save(make(config, tokenizer=WORDS), directory)
+  api.save(make(config, tokenizer=WORDS, **kwargs), directory)
   return directory

@@ -181,13 +181,12 @@ def ask_shard(checkpoint: Checkpoint, method: MethodConfig, questions: QuestionS
     DataError: a picture that is none, or a word that the tokenizer does not
       know; names the question.
   """
-  windows = _windows(checkpoint.vlm, method, log.open_questions, settings)
-
   def ask(replica: Replica, window: Sequence[_Prompt]) -> list[dict[str, Any]]:
     with replica.here():
       return _ask(replica.running(method.config), method, questions, window, settings,
                   log.index)
-  with log.writing():
+  with log.writing():  # in which it is known what is open
+    windows = _windows(checkpoint.vlm, method, log.open_questions, settings)
     for rows in _dealt(checkpoint.replicas, windows, ask):
       log.add(rows)
       advance(len(rows))

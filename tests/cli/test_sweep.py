@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -79,8 +80,13 @@ def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypat
   ran.clear()
   monkeypatch.setattr(benchmark_run, 'run', lambda out, *more: ran.append(out.name) or run(
       out, *more))
+  times = lambda: {path.parent.name: path.stat().st_mtime_ns
+                   for path in (folder / 'out').rglob('result.json')}
+  before = times()
   assert cli.main(words(folder)) == 0
-  assert ran == ['base--uniform--2--gqa--0']
+  # All are looked at, and one is asked.
+  assert ran == CELLS and set(times().items()) - set(before.items()) == {
+      (CELLS[4], times()[CELLS[4]])}
   said = capsys.readouterr().out
   assert 'gqa: GQA accuracy, n = 18' in said and 'VoCo' in said and 'PARTIAL' not in said
   content = json.loads((folder / 'out/rows.json').read_text())
@@ -91,6 +97,26 @@ def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypat
   full, voco = content['rows'][1], content['rows'][-1]
   assert full['agreement'] == 1.0 and voco['budget'] == voco['layer_average_tokens'] == 2
   assert len(voco['differences']) == 3
+
+
+def test_cells_of_other_settings_or_weights_are_no_cells_of_the_sweep(
+    folder, tmp_path, capsys):
+  own = tmp_path / 'model'
+  shutil.copytree(folder / 'voco', own)
+  words_of = lambda *more: [*words(folder, *more)[:2], f'--out={tmp_path}/out',
+                            f'--config.checkpoints.base={own}', *more]
+  assert cli.main(words_of()) == 0
+  capsys.readouterr()
+  assert cli.main(words_of('--config.limit=9')) == 1
+  assert 'base--full--all--gqa--0 failed' in capsys.readouterr().err
+  content = json.loads((tmp_path / 'out/rows.json').read_text())
+  assert len(content['failed']) == len(CELLS) and not content['rows']
+  assert 'questions.number: 18 -> 9' in content['failed'][0]['error']
+  small_benchmark.write_model(own, helpers.voco_config(), seed=5)  # trained again
+  assert cli.main(words_of()) == 1
+  content = json.loads((tmp_path / 'out/rows.json').read_text())
+  assert [one['cell'] for one in content['failed']] == CELLS[:-1]
+  assert 'checkpoint: ' in content['failed'][0]['error']
 
 
 def runner(folder, tmp_path, **fields):
@@ -111,15 +137,19 @@ def test_budgets_of_atp_are_calibrated_once(folder, tmp_path, monkeypatch):
     calls.append(argv)
     path = next(a.partition('=')[2] for a in argv if a.startswith('--out='))
     pathlib.Path(path).write_text(json.dumps({'calibrations': [
-        {'target': 8.0, 'shift': 0.25}, {'target': 10.0, 'shift': -0.5}]}))
+        {'target': 8.0, 'shift': 0.25, 'reached': True, 'achieved': 8.1},
+        {'target': 10.0, 'shift': -0.5, 'reached': True, 'achieved': 10.0},
+        {'target': 9.0, 'shift': 0.1, 'reached': False, 'achieved': 9.9}]}))
   monkeypatch.setattr(sweep.calibrate, 'main', calibrate)
   assert [one._shift(c) for c in cells] == [0.25, -0.5]
   assert len(calls) == 1 and calls[0][-3:] == ['--target-tokens', '8', '10']
   _, none = runner(folder, tmp_path / 'none')
   with pytest.raises(ConfigError, match='which shift gives atp 8 tokens is not known'):
     none._shift(cells[0])
-  path = tmp_path / 'calibrations/atp-0.json'
-  with pytest.raises(ConfigError, match='has the budgets 8, 10, not 12'):
+  path, = tmp_path.glob('calibrations/atp-0-*.json')
+  with pytest.raises(ConfigError, match='9 tokens were not reached, only 9.9'):
+    benchmark_run.calibrated(path, 9.0)
+  with pytest.raises(ConfigError, match='has the budgets 8, 10, 9, not 12'):
     benchmark_run.calibrated(path, 12.0)
 
 

@@ -108,3 +108,19 @@ def test_two_processes_do_not_write_one_shard(tmp_path):
   with log.writing(), pytest.raises(ConfigError, match='another process answers'):
     with log_of(tmp_path, questions).writing():
       pass
+
+
+def test_what_another_one_wrote_meanwhile_is_kept(tmp_path):
+  questions = asked(3)[:3]
+  first, second = (log_of(tmp_path, questions) for _ in range(2))
+  with first.writing():
+    first.add([row(q) for q in questions[:2]])
+  with second.writing():
+    assert second.open_questions == [questions[2]]
+    second.add([row(questions[2])])
+  third, fourth = (log_of(tmp_path, questions) for _ in range(2))
+  with third.writing():
+    third.finish()
+  with pytest.raises(ConfigError, match='has finished this shard'), fourth.writing():
+    pass
+  assert list(log_of(tmp_path, questions).rows) == ['0', '1', '2']

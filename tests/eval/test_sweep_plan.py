@@ -72,12 +72,13 @@ def run(method: str, right: int, tokens: float, budget=None) -> Run:
 def test_rows_stand_beside_full_bounds_and_floors():
   cell = lambda method, budget=None, checkpoint='base': Cell(
       checkpoint, 'gqa', method, budget, 0)
-  runs = {cell('full'): run('full', 16, 16), cell('upper_bound', 2.0): run('UB', 18, 16),
+  runs = {cell('full', checkpoint='a qformer'): run('Q-Former', 3, 1),
+          cell('full'): run('full', 16, 16), cell('upper_bound', 2.0): run('UB', 18, 16),
           cell('lower_bound', 2.0): run('LB', 2, 2, 2.0),
           cell('random', 2.0): run('random', 6, 2, 2.0),
           cell('avg_pool', 2.0): run('average pooling', 4, 4, 2.0),  # other tokens
           cell('voco', 2.0, 'v'): run('VoCo', 10, 2, 2.0)}
-  rows = {row['method']: row for row in sweep_rows.rows(runs)}
+  rows = {row['method']: row for row in sweep_rows.rows(runs, 'base')}
   voco = rows['VoCo']
   assert voco['ratio_to_full'] == pytest.approx(10 / 16)
   assert voco['retention'] == pytest.approx((10 - 2) / (18 - 2))
@@ -93,13 +94,14 @@ def test_rows_stand_beside_full_bounds_and_floors():
   assert gap['random (training-free)']['ci95'] == pytest.approx(want.ci95)
   assert not rows['random']['differences']
   del runs[cell('upper_bound', 2.0)], runs[cell('full')]
-  alone = {row['method']: row for row in sweep_rows.rows(runs)}['VoCo']
+  alone = {row['method']: row for row in sweep_rows.rows(runs, 'base')}['VoCo']
   assert alone['retention'] is None and alone['ratio_to_full'] is None
 
 
 def test_the_table_as_csv_and_parquet(tmp_path):
   pyarrow = pytest.importorskip('pyarrow.parquet')
-  rows = sweep_rows.rows({Cell('base', 'gqa', 'full', None, 0): run('full', 16, 16)})
+  rows = sweep_rows.rows({Cell('base', 'gqa', 'full', None, 0): run('full', 16, 16)},
+                         'base')
   csv, parquet = sweep_table.write(tmp_path, rows)
   lines = csv.read_text().splitlines()
   assert lines[0].split(',') == list(TABLE) and len(lines) == 2

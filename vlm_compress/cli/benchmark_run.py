@@ -267,12 +267,17 @@ def calibrated(path: pathlib.Path, budget: float) -> float:
   """
   try:
     found = {one['target']: one for one in json.loads(path.read_text())['calibrations']}
+    for one in found.values():
+      one['reached'], one['achieved'], one['shift']
   except (ValueError, KeyError, TypeError) as error:
     raise DataError(f'{path} is no file of vlm-compress calibrate --out') from error
   check(budget in found, f'{path} has the budgets '
         f'{", ".join(f"{target:g}" for target in found)}, not {budget:g}; calibrate with '
         f'--target-tokens {budget:g}')
-  return found[budget]['shift']
+  one = found[budget]
+  check(bool(one['reached']), f'{path}: {budget:g} tokens were not reached, only '
+        f'{one["achieved"]:g}; name another budget')
+  return one['shift']
 
 
 def show(result: Mapping[str, Any]) -> None:

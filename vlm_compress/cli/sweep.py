@@ -2,8 +2,9 @@
 
   vlm-compress sweep --config=configs/sweeps.py:tiny --out=sweeps/tiny
 
-Every cell is a run directory of `evaluate --benchmark`; finished ones are skipped,
-so the sweep can be stopped at any time.  Hosts share the directory and take cells
+Every cell is a run directory of `evaluate --benchmark`; finished ones are asked
+nothing again, only whether they are of the same model, questions and settings, so the
+sweep can be stopped at any time.  Hosts share the directory and take cells
 in turn.  A cell that fails leaves its traceback in error.txt and is listed; the
 rest goes on, and the exit code is 1.  The next call tries it again.
 """
@@ -11,6 +12,7 @@ rest goes on, and the exit code is 1.  The next call tries it again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pathlib
 import time
@@ -77,13 +79,16 @@ def main(argv: list[str]) -> int:
       path.unlink(missing_ok=True)
   if count > 1:
     multihost_utils.sync_global_devices('the sweep begins')
-  Runner(page, args.out, say).run_all(cells[index::count])
+  runner = Runner(page, args.out, say)
+  runner.run_all(cells[index::count])
   if index > 0:
     _wait(lambda: (args.out / ROWS).exists())
     return 0
-  _wait(lambda: all(is_done(args.out, c) or (home(args.out, c) / ERROR).exists()
-                    for c in cells))
-  return finish(args.out, cells, args.allow_partial or page.allow_partial, say)
+  _wait(lambda: all(is_done(args.out, c) or has_failed(args.out, c) for c in cells))
+  # Others' cells may have been there before: they are looked at, too.
+  runner.run_all([c for c in cells if c not in cells[::count]
+                  and not has_failed(args.out, c)])
+  return finish(args.out, cells, page.base, args.allow_partial or page.allow_partial, say)
 
 
 def cells_of(page: ConfigDict, say: Message) -> list[Cell]:
@@ -122,6 +127,11 @@ def is_done(out: pathlib.Path, cell: Cell) -> bool:
   return (home(out, cell) / runs.RESULTS).exists()
 
 
+def has_failed(out: pathlib.Path, cell: Cell) -> bool:
+  """Whether a cell's last try has left an error."""
+  return (home(out, cell) / ERROR).exists()
+
+
 class Runner:
   """Runs cells, with the last checkpoint and all questions kept in memory."""
 
@@ -131,10 +141,8 @@ class Runner:
     self._questions: dict[str, Any] = {}
 
   def run_all(self, cells: Sequence[Cell]) -> None:
-    """Runs the cells that are not done; what they raise is kept in error.txt."""
+    """Runs the cells, or finds them done; what they raise is kept in error.txt."""
     for number, cell in enumerate(cells, 1):
-      if is_done(self.out, cell):
-        continue
       self.say(f'[{number} of {len(cells)}] {cell.name}')
       try:
         self.run(cell)
@@ -176,7 +184,9 @@ class Runner:
           'or a page to calibrate with (--config.calibrate_with)')
     budgets = sorted({float(b) for c, m, many in page.methods
                       if (c, m) == (name, 'atp') for b in many})
-    path = self.out / 'calibrations' / f'{name}-{cell.seed}.json'
+    known = [self._checkpoint(cell).fingerprint, budgets, page.calibrate_with]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+    path = self.out / 'calibrations' / f'{name}-{cell.seed}-{digest}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.lock(path):  # hosts need it at the same time
       if not path.exists():
@@ -187,7 +197,7 @@ class Runner:
     return benchmark_run.calibrated(path, cell.budget)
 
 
-def finish(out: pathlib.Path, cells: Sequence[Cell], allow_partial: bool,
+def finish(out: pathlib.Path, cells: Sequence[Cell], base: str, allow_partial: bool,
            say: Message) -> int:
   """Writes rows.json, and the tables if they have their floors.
 
@@ -198,8 +208,9 @@ def finish(out: pathlib.Path, cells: Sequence[Cell], allow_partial: bool,
     ConfigError: floors are missing and no cell failed that would say why.
   """
   failed = [{'cell': c.name, 'error': (home(out, c) / ERROR).read_text()}
-            for c in cells if not is_done(out, c)]
-  rows = sweep_rows.rows({c: runs.load(home(out, c)) for c in cells if is_done(out, c)})
+            for c in cells if has_failed(out, c)]
+  rows = sweep_rows.rows({c: runs.load(home(out, c)) for c in cells
+                          if not has_failed(out, c)}, base)
   content = {'schema': SCHEMA, 'rows': rows, 'failed': failed, 'versions': versions(),
              'missing': [one['cell'] for one in failed], 'partial': bool(failed) or any(
                  row['partial'] for row in rows)}

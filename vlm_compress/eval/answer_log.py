@@ -117,6 +117,10 @@ class ShardLog:
       except BlockingIOError:
         check(False, f'{self.journal}: another process answers this shard; wait for it '
               'or end it')
+      # Another one may have written since this one read.
+      check(not self.path.exists(), f'{self.path}: another process has finished this '
+            'shard; run again, it goes on with it')
+      self._read_journal()
       self._stream.truncate(self._good)
       yield
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from vlm_compress import atomic
 from vlm_compress.config import check
+from vlm_compress.data.errors import DataError
 from vlm_compress.eval import efficiency, intervals
 from vlm_compress.eval.answer_log import read_rows, unit_of, write_rows
 from vlm_compress.eval.benchmarks import catalogue, openmoji_grid
@@ -195,14 +196,27 @@ def load(directory: pathlib.Path) -> Run:
   for name in (CONFIG, RESULTS, ANSWERS):
     check((directory / name).is_file(), f'{directory} has no {name}: it is no finished '
           'run of vlm-compress evaluate --benchmark; run that again, it goes on')
-  config = json.loads((directory / CONFIG).read_text())
-  result = json.loads((directory / RESULTS).read_text())
+  config, result = (_object(directory / name) for name in (CONFIG, RESULTS))
+  check_fields(config, ('questions', 'model', 'checkpoint'), str(directory / CONFIG))
   check_fields(result, RESULT, str(directory / RESULTS))
   rows = read_rows(directory / ANSWERS)
   scores = None
   if result['metric'] is not None:
+    for row in rows.values():
+      check_fields(row, ('image', 'answers', 'groups', 'unit', 'parsed', 'score'),
+                   str(directory / ANSWERS))
     scores = _scores(result, [_result(row) for row in rows.values()])
   return Run(directory, config, result, scores)
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise DataError(f'{path} is no JSON ({error}); delete the directory, and run '
+                    'evaluate again') from error
+  check(isinstance(found, dict), f'{path} holds no object; delete the directory')
+  return found
 
 
 def _result(row: Mapping[str, Any]) -> Result:

@@ -17,11 +17,12 @@ from vlm_compress.eval.tables import same_budget
 _KEPT = (*RESULT, 'kept_per_layer', 'kept_std_per_layer', 'module_counts', 'rule')
 
 
-def rows(runs: Mapping[Cell, Run]) -> list[dict[str, Any]]:
+def rows(runs: Mapping[Cell, Run], base: str) -> list[dict[str, Any]]:
   """A row for every run that could be scored.
 
   Args:
     runs: the finished runs of a sweep.
+    base: name of the checkpoint that the full model and bounds are runs of.
   """
   out = []
   for cell, run in runs.items():
@@ -32,14 +33,14 @@ def rows(runs: Mapping[Cell, Run]) -> list[dict[str, Any]]:
            'ratio_to_full': None, 'retention': None, 'agreement': None,
            'agreement_ci95': None, 'differences': {}}
     row['seed'] = cell.seed
-    full = find(runs, cell, 'full', None)
+    full = find(runs, cell, base, 'full', None)
     if full is not None:
       row['ratio_to_full'] = scoring.ratio_to_full(row['accuracy'],
                                                    full.result['accuracy'])
       same = _compared(intervals.agreement, run, full)
       if same is not None:
         row.update(agreement=same.mean, agreement_ci95=list(same.ci95))
-    row['retention'] = _retention(runs, cell, row)
+    row['retention'] = _retention(runs, cell, base, row)
     if is_compressed(cell.method):
       row['differences'] = _differences(runs, cell, run)
     head = intervals.headline_results(run.scores)
@@ -50,22 +51,23 @@ def rows(runs: Mapping[Cell, Run]) -> list[dict[str, Any]]:
   return out
 
 
-def find(runs: Mapping[Cell, Run], cell: Cell, method: str, budget: float | None
-         ) -> Run | None:
-  """The run of a method at a budget on a cell's benchmark: of its seed, or else
-  the one for all seeds; None if there is none that could be scored.
+def find(runs: Mapping[Cell, Run], cell: Cell, base: str, method: str,
+         budget: float | None) -> Run | None:
+  """The base's run of a method at a budget on a cell's benchmark: of its seed, or
+  else the one for all seeds; None if there is none that could be scored.
   """
   fits = [(c.seed != cell.seed, c.prune_after, c) for c in runs if (
-      c.method, c.benchmark, c.budget) == (method, cell.benchmark, budget)
+      c.checkpoint, c.method, c.benchmark, c.budget) == (
+          base, method, cell.benchmark, budget)
       and runs[c].scores is not None]
   return runs[min(fits)[2]] if fits else None
 
 
-def _retention(runs: Mapping[Cell, Run], cell: Cell, row: Mapping[str, Any]
-               ) -> float | None:
+def _retention(runs: Mapping[Cell, Run], cell: Cell, base: str,
+               row: Mapping[str, Any]) -> float | None:
   """VoCo's, for what has VoCo's budget; see scoring.retention."""
-  lower = find(runs, cell, 'lower_bound', row['budget'])
-  upper = find(runs, cell, 'upper_bound', row['budget'])
+  lower = find(runs, cell, base, 'lower_bound', row['budget'])
+  upper = find(runs, cell, base, 'upper_bound', row['budget'])
   if None in (lower, upper, row['budget']) or cell.prune_after:
     return None
   gap = _compared(intervals.difference, upper, lower)

@@ -38,8 +38,6 @@ def reduced_pixels(pixels: jax.Array, size: int) -> jax.Array:
   """
   if size == pixels.shape[-3]:
     return pixels
-  if size == pixels.shape[-3]:
-    return pixels
   out = jax.image.resize(jnp.asarray(pixels, jnp.float32),
                          (*pixels.shape[:-3], size, size, 3), 'linear')
   if pixels.dtype == jnp.uint8:
