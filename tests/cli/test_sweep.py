@@ -160,6 +160,15 @@ def test_pages_that_are_none(folder, capsys):
   assert 'name the uncompressed model' in capsys.readouterr().err
   assert cli.main(words(folder, '--config.checkpoints.atp=nowhere', '--dry-run')) == 2
   assert 'nowhere' in capsys.readouterr().err
+  for flag, said in (('--config.methods=(("base", "fastv"),)', "methods: ('base', 'fastv')"),
+                     ('--config.methods=(("base", "fastv", 16),)', "'fastv', 16) is no"),
+                     ('--config.limit=-1', 'limit=-1'), ('--config.shards=0', 'shards=0')):
+    assert cli.main(words(folder, flag, '--dry-run')) == 2
+    assert said in capsys.readouterr().err
+  page = folder / 'misspelt.py'
+  page.write_text((folder / 'page.py').read_text().replace("'gqa'", "'gpa'"))
+  assert cli.main(['sweep', f'--config={page}', '--out=x', '--dry-run']) == 2
+  assert "benchmarks: 'gpa' is unknown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['tiny', 'llava_7b'])

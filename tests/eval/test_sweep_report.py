@@ -207,6 +207,12 @@ def test_floors_that_cut_elsewhere_are_not_the_ones_measured_against(tmp_path):
   found = tables.floors_for(bench.parts, part, part.entries[0])
   assert sorted((f.method, f.placement) for f in found) == [
       ('average pooling', ()), ('random', (1, 3)), ('uniform grid', ())]
+  elsewhere = lambda: [line for line in tables.findings(
+      sweep_tables.benches(sweep.rows, False)[0].parts) if 'elsewhere' in line]
+  assert not elsewhere()
+  sweep.add('uniform', 0.1, budget=2.0, places=(1, 3))['placement'] = (1, 3)
+  line, = elsewhere()  # the grid in front of all layers
+  assert re.search(r'best floor: .*; better, though cut elsewhere: uniform grid', line), line
 
 
 def test_partial_runs_have_n_beside_the_number(tmp_path):

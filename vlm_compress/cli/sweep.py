@@ -33,7 +33,7 @@ from vlm_compress.cli.benchmark_run import Job
 from vlm_compress.cli.quickstart import versions
 from vlm_compress.cli.train import load_page, override
 from vlm_compress.cli.workspace import Message
-from vlm_compress.config import ConfigError, check
+from vlm_compress.config import ConfigError, check, check_whole
 from vlm_compress.convert.files import load_config
 from vlm_compress.eval import runs, sweep_report, sweep_rows, sweep_table
 from vlm_compress.eval.report import print_table
@@ -100,6 +100,15 @@ def cells_of(page: ConfigDict, say: Message) -> list[Cell]:
   for name in ('checkpoints', 'methods', 'benchmarks', 'seeds', 'base'):
     check(name in page, f'the page has no {name}: it is no page of a sweep; try '
           'configs/sweeps.py:tiny')
+  for entry in page.methods:
+    check(isinstance(entry, (tuple, list)) and len(entry) == 3 and
+          isinstance(entry[2], (tuple, list)), f'methods: {entry!r} is no (checkpoint, '
+          'method, (budget, ...))')
+  check_whole('limit', page.limit, 0)
+  check_whole('shards', page.shards, 1)
+  for name in page.benchmarks:
+    check(name.partition(':')[0] in runs.BENCHMARKS, f'benchmarks: {name!r} is unknown; '
+          f'use one of {", ".join(sorted(runs.BENCHMARKS))}')
   given = {name: path for name, path in page.checkpoints.items() if path}
   wanted = [(c, m, tuple(b)) for c, m, b in page.methods if c in given]
   for name in sorted({c for c, _, _ in page.methods} - set(given)):

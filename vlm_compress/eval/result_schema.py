@@ -25,7 +25,7 @@ answers.jsonl, one object per question (ANSWER; `vlm-compress score` reads it):
                  text reads C tokens in all of them
   kept           int[L], tokens left after each module; only where there are some
   text_tokens    int, of the prompt with BOS; prompt_tokens: those behind the image
-  latency_seconds   wall clock of its batches, pictures included, divided by
+  latency_seconds   wall clock of its batches, with pictures not seen before, divided by
                  their questions, which are `latency_rows`; `compiled`: a
                  program was compiled meanwhile, so it says little
   shard          int

@@ -23,9 +23,12 @@ HOW_TO_READ = (
     'resample pictures (or questions that are scored together). “Tokens avg” are visual '
     'tokens that enter a decoder layer, mean over layers and questions; “tokens in” those '
     'that enter the first; prefill counts the language model, 2 FLOPs for a multiply-add, '
-    'and is a mean over questions, as is the KV cache. “s / question” is the median '
-    'wall-clock time of the questions that compiled nothing, picture and answer included; '
-    'it belongs to the machine and the batch size of this sweep. “Of full” is the value '
+    'and is a mean over questions, as is the KV cache. “Tokens in” of VoCo are '
+    'what text reads; its prefill counts the compression of all visual tokens, too. '
+    '“s / question” is the median share of a question in its window’s time, where nothing '
+    'compiled. It compares no methods: a picture is encoded, and compressed by VoCo, once '
+    'for the questions about it, windows of methods that prune are longer, and answers '
+    'differ in length; vlm-compress benchmark measures time. “Of full” is the value '
     'divided by the full model’s (ATP-LLaVA’s ratio); retention is (x − LB) / (UB − LB) '
     '(VoCo-LLaMA), left out where there are no bounds or their gap lies within noise; '
     '“agrees with full” is the share of questions answered as the full model did, right '
@@ -33,7 +36,9 @@ HOW_TO_READ = (
     'all numbers are means over them, the interval reaches from the lowest end to the '
     'highest, and the last column has the lowest and highest value of a seed. Floors '
     '(random tokens, a uniform grid, average pooling) need no method: a method is worth '
-    'what it adds to the best of them. “Training-free” lines use a decoder that was not '
+    'what it adds to the best of them. Differences are to floors that cut where the method '
+    'cuts; one that cuts elsewhere may be better, and is named then. “Training-free” lines '
+    'use a decoder that was not '
     'trained under their selection.')
 
 

@@ -240,6 +240,10 @@ def findings(parts: Sequence[Section], metric: str = 'accuracy', most: float = 1
         best = max(floors, key=lambda floor: floor.accuracy)
         line += f'; best floor: {best.method} {show(best.accuracy)}'
         line += _verdict(entry, best, most)
+        other = max(part.of_role('floor'), key=lambda floor: floor.accuracy)
+        if other not in floors and other.accuracy > best.accuracy:
+          line += (f'; better, though cut elsewhere: {other.name} '
+                   f'{show(other.accuracy)}')
       lines.append(f'{line}.')
   return lines
 
