@@ -93,6 +93,16 @@ def test_rows_stand_beside_full_bounds_and_floors():
   assert gap['random (training-free)']['mean'] == pytest.approx(want.mean)
   assert gap['random (training-free)']['ci95'] == pytest.approx(want.ci95)
   assert not rows['random']['differences']
+  # Of several draws the mean; what cuts elsewhere is not compared.
+  runs[Cell('base', 'gqa', 'random', 2.0, 1)] = run('random', 2, 2, 2.0)
+  runs[Cell('base', 'gqa', 'random', 2.0, 2, (3,))] = run('random', 0, 2, 2.0)
+  both = sweep_rows.rows(runs, 'base')
+  gap = next(row for row in both if row['method'] == 'VoCo')['differences']
+  other = scoring.paired_difference([i < 10 for i in range(20)], [i < 2 for i in range(20)],
+                                    [f'{i}.jpg' for i in range(20)])
+  assert gap['random (training-free)']['mean'] == pytest.approx((want.mean + other.mean) / 2)
+  assert gap['random (training-free)']['ci95'] == pytest.approx(
+      [min(want.ci95[0], other.ci95[0]), max(want.ci95[1], other.ci95[1])])
   del runs[cell('upper_bound', 2.0)], runs[cell('full')]
   alone = {row['method']: row for row in sweep_rows.rows(runs, 'base')}['VoCo']
   assert alone['retention'] is None and alone['ratio_to_full'] is None

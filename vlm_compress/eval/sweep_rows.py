@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vlm_compress.config import ConfigError
 from vlm_compress.eval import intervals, methods, scoring
 from vlm_compress.eval.result_schema import RESULT, ROW, check_fields
@@ -77,20 +79,25 @@ def _retention(runs: Mapping[Cell, Run], cell: Cell, base: str,
 
 
 def _differences(runs: Mapping[Cell, Run], cell: Cell, run: Run) -> dict[str, Any]:
-  """Paired, to the floors of the budget: those cut where the method cuts, if any."""
-  found = {}
+  """Paired, to the floors of the budget that cut where the method cuts.
+
+  Over a floor's seeds the mean, and the outermost ends of the intervals.
+  """
+  gaps: dict[str, list[scoring.Interval]] = {}
   own = tuple((run.config['model']['atp'] or {}).get('prune_after', ()))
-  for other, floor in sorted(runs.items(), key=lambda x: (
-      x[0].prune_after != own, x[0].seed != cell.seed)):
+  own = () if own == (0,) else own  # in front of all layers
+  for other, floor in runs.items():
     if other.method in methods.FLOORS and other.benchmark == cell.benchmark and (
-        other.budget == run.result['budget']):
-      name = f'{floor.result["method"]} (training-free)'
+        other.budget == run.result['budget']) and (
+            other.prune_after == own or other.method == 'avg_pool'):
       near = same_budget(*[r.result['layer_average_tokens'] for r in (run, floor)])
-      gap = (_compared(intervals.difference, run, floor)
-             if near and name not in found else None)
+      gap = _compared(intervals.difference, run, floor) if near else None
       if gap is not None:
-        found[name] = {'mean': gap.mean, 'ci95': list(gap.ci95)}
-  return found
+        gaps.setdefault(f'{floor.result["method"]} (training-free)', []).append(gap)
+  return {name: {'mean': float(np.mean([gap.mean for gap in some])),
+                 'ci95': [min(gap.ci95[0] for gap in some),
+                          max(gap.ci95[1] for gap in some)]}
+          for name, some in gaps.items()}
 
 
 def _compared(what: Any, a: Run, b: Run) -> scoring.Interval | None:

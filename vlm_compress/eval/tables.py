@@ -163,15 +163,14 @@ def floors_for(parts: Sequence[Section], part: Section, entry: Entry) -> list[En
   """The floors of a section that a method is measured against.
 
   Those of its own checkpoint, or if that has none anywhere, of the others; and
-  of several of one kind those that cut where the method cuts.
+  only those that cut where the method cuts.  Pooling cuts nowhere.
   """
   own = any(floor.checkpoint == entry.checkpoint for some in parts
             for floor in some.of_role('floor'))
-  floors = [floor for floor in part.of_role('floor')
-            if not own or floor.checkpoint == entry.checkpoint]
-  same = {floor.method for floor in floors if floor.placement == entry.placement}
-  return [floor for floor in floors
-          if floor.placement == entry.placement or floor.method not in same]
+  return [floor for floor in part.of_role('floor')
+          if (not own or floor.checkpoint == entry.checkpoint) and
+          (floor.placement == entry.placement or
+           floor.method in FLOORS['average pooling'])]
 
 
 def problems(parts: Sequence[Section]) -> list[str]:
