@@ -180,7 +180,7 @@ def _shrink(config: ConfigDict) -> None:
   """A few steps of a model that any machine trains."""
   config.rows.update(length=256, text_length=192, bucket_lengths=())
   config.train.update(steps=12, batch_size=8, warmup_steps=1, log_steps=4,
-                      checkpoint_steps=4)
+                      checkpoint_steps=4, accumulate_steps=1)
   config.mesh.update(fsdp=1, tensor=1)
   if config.model.get('lora') is not None:
     config.model.lora.update(rank=4, alpha=8.0)
