@@ -8,6 +8,7 @@ import core_helpers as helpers
 import numpy as np
 import pytest
 
+from vlm_compress.compress.baselines.budget import layer_average
 from vlm_compress.config import AtpConfig, ConfigError, LlavaConfig
 from vlm_compress.eval import methods
 from vlm_compress.eval.methods import cut_counts, method_config
@@ -50,7 +51,7 @@ def test_methods_of_a_base_model():
     made = method_config(name, base, 4)
     assert (made.config.atp.prune_after, made.config.atp.fixed_counts) == ((0,), (4,))
     assert (made.label, made.trained, made.runs_as) == (label, False, 'atp')
-    assert made.reaches == 4
+    assert layer_average(made.config) == 4
   pooled = method_config('avg_pool', base, 5)  # 5 tokens would be strips
   assert pooled.config.num_query_tokens == 6 and pooled.budget == 6
   bound = method_config('upper_bound', base, 1)
@@ -63,7 +64,6 @@ def test_atp_needs_a_shift_for_another_budget():
   config = helpers.atp_config()
   as_trained = method_config('atp', config)
   assert as_trained.budget == 8 and not as_trained.needs_shift
-  assert as_trained.reaches is None  # it has to be measured
   other = method_config('atp', config, 10)
   assert other.needs_shift and other.budget == 10
   shifted = methods.with_shift(other, -0.5)

@@ -48,6 +48,7 @@ from vlm_compress.eval.answer_log import Rows, ShardLog, in_shards, shard_path
 from vlm_compress.eval.benchmarks.question import QuestionSet
 from vlm_compress.eval.result_schema import SCHEMA
 from vlm_compress.train.checkpoint import differences
+from vlm_compress.vlm import own_method
 
 NUM_SHARDS = 16
 _POLL_SECONDS = 1.0
@@ -127,7 +128,7 @@ def resolved(checkpoint: Checkpoint, job: Job) -> tuple[str, methods.MethodConfi
   Raises:
     ConfigError: it does not fit the model, or a budget needs a shift.
   """
-  name = methods.own_method(checkpoint.config) if job.method == 'auto' else job.method
+  name = own_method(checkpoint.config) if job.method == 'auto' else job.method
   method = methods.method_config(name, checkpoint.config, job.budget, job.prune_after)
   check(job.shift is None or name == 'atp', f'--threshold-shift belongs to method atp, '
         f'not {name}')
@@ -184,7 +185,7 @@ def run(out: pathlib.Path, checkpoint: Checkpoint, questions: QuestionSet, total
   shards = in_shards(questions.questions, job.shards)
   _ask(out, checkpoint, method, questions, shards, settings, say, share)
   if not first:
-    _wait((out / runs.RESULTS).exists)
+    wait_until((out / runs.RESULTS).exists)
     return json.loads((out / runs.RESULTS).read_text())
   rows = _collect(out, shards)
   replica = checkpoint.replicas[0]
@@ -247,12 +248,13 @@ def _collect(out: pathlib.Path, shards: list) -> Rows:
   rows: Rows = {}
   for i, shard in enumerate(shards):
     path = shard_path(out, i, len(shards))
-    _wait(path.exists)
+    wait_until(path.exists)
     rows.update(ShardLog(out, i, len(shards), shard).rows)
   return rows
 
 
-def _wait(there: Callable[[], bool]) -> None:
+def wait_until(there: Callable[[], bool]) -> None:
+  """Looks every second: hosts may finish hours apart, which no barrier likes."""
   # A host that dies ends the others: jax's coordination misses its heartbeat.
   while not there():
     time.sleep(_POLL_SECONDS)

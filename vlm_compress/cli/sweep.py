@@ -15,9 +15,8 @@ import argparse
 import hashlib
 import json
 import pathlib
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,7 +41,6 @@ from vlm_compress.eval.sweep_plan import Cell, plan
 from vlm_compress.eval.tables import checked_sections
 
 ROWS, ERROR = 'rows.json', 'error.txt'
-_POLL_SECONDS = 1.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,9 +80,10 @@ def main(argv: list[str]) -> int:
   runner = Runner(page, args.out, say)
   runner.run_all(cells[index::count])
   if index > 0:
-    _wait(lambda: (args.out / ROWS).exists())
+    benchmark_run.wait_until(lambda: (args.out / ROWS).exists())
     return 0
-  _wait(lambda: all(is_done(args.out, c) or has_failed(args.out, c) for c in cells))
+  benchmark_run.wait_until(lambda: all(
+      is_done(args.out, c) or has_failed(args.out, c) for c in cells))
   # Others' cells may have been there before: they are looked at, too.
   runner.run_all([c for c in cells if c not in cells[::count]
                   and not has_failed(args.out, c)])
@@ -260,8 +259,3 @@ def tables(out: pathlib.Path, rows: Sequence[dict[str, Any]], allow_partial: boo
   for path in sweep_table.write(out, rows):
     print(f'table: {path}')
   print(f'report: {sweep_report.write_report(out, allow_partial=allow_partial)["html"]}')
-
-
-def _wait(there: Callable[[], bool]) -> None:
-  while not there():
-    time.sleep(_POLL_SECONDS)

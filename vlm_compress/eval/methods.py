@@ -40,13 +40,6 @@ class MethodConfig:
   budget: float | None
   needs_shift: bool = False
 
-  @property
-  def reaches(self) -> float | None:
-    """The layer average that this gives; None where it has to be measured."""
-    if self.config.atp is not None and self.config.atp.selector == 'adaptive':
-      return None
-    return self.budget
-
 
 def method_config(name: str, base: LlavaConfig, budget: float | None = None,
                   prune_after: tuple[int, ...] | None = None) -> MethodConfig:
@@ -163,12 +156,6 @@ METHODS: dict[str, Callable[..., MethodConfig]] = {
 }
 # What a checkpoint of a method is compared with comes from another checkpoint.
 OF_BASE = ('full', 'lower_bound', 'upper_bound', *FLOORS)
-
-
-def own_method(config: LlavaConfig) -> str:
-  """The method that a checkpoint was made for."""
-  return ('atp' if config.atp is not None else
-          'voco' if config.voco is not None else 'full')
 
 
 def with_shift(method: MethodConfig, shift: float) -> MethodConfig:

@@ -137,10 +137,10 @@ def read_xlsx(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]]:
       yield from _rows(stream)
     except DataError as e:
       raise DataError(f'{path}: {e}; save it as .csv or .tsv') from e
-    # zipfile says RuntimeError of an encrypted part, and of damaged ones what the
-    # way of packing says, OSError without a name among it.
+    # zipfile says RuntimeError of an encrypted part or an unknown way of packing, and
+    # of damaged ones what the way of packing says, OSError without a name among it.
     except (zipfile.BadZipFile, expat.ExpatError, ValueError, KeyError, IndexError,
-            RuntimeError, NotImplementedError, EOFError, OSError, zlib.error) as e:
+            RuntimeError, EOFError, OSError, zlib.error) as e:
       raise DataError(f'{path}: cannot be read as .xlsx ({e}); save it as .csv or '
                       '.tsv') from e
 
