@@ -24,30 +24,42 @@ COMMON = {'base': 'base', 'seeds': (0,), 'limit': 0, 'shards': 16, 'tensor': 1,
           'calibrate_data_root': ''}
 
 
+MODELS = 'sweep_tiny/models'  # of launch/sweep_tiny.sh sweep_tiny
+# Pages of configs/quickstart.py.
+TRAINED = ('voco8', 'voco2', 'qformer8', 'pool8', 'pool16', 'atp')
+
+
 def get_config(name: str = 'tiny') -> ConfigDict:
   """The config of a sweep: tiny or llava_7b."""
   return ConfigDict({**COMMON, **{
       'tiny': {
-          # what `vlm-compress quickstart` ships and leaves behind
+          # the base is shipped; the others are trained by launch/sweep_tiny.sh
           'checkpoints': {'base': 'vlm_compress/checkpoints/quickstart',
-                          'voco8': 'quickstart/voco8/model',
-                          'atp': 'quickstart/atp/model'},
-          'methods': (('voco8', 'voco', (8,)), ('atp', 'atp', (16,)),
-                      ('base', 'divprune', (8, 16)), ('base', 'cdpruner', (8, 16)),
-                      *(('base', peer, (16,)) for peer in (
-                          'fastv', 'pyramiddrop', 'sparsevlm', 'downsample'))),
-          'benchmarks': {'openmoji_grid': 'quickstart'},
+                          **{name: f'{MODELS}/{name}/seed{{seed}}/model' for name in TRAINED}},
+          # FastV and PyramidDrop would have one token left behind their cuts at 16
+          'methods': (('voco8', 'voco', (8,)), ('voco2', 'voco', (2,)),
+                      ('qformer8', 'qformer', ()), ('pool8', 'avg_pool_linear', ()),
+                      ('pool16', 'avg_pool_linear', ()), ('atp', 'atp', (12, 16, 24)),
+                      *(('base', peer, (2, 8, 16, 24)) for peer in ('divprune', 'cdpruner')),
+                      ('base', 'sparsevlm', (16, 24)),
+                      ('base', 'fastv', (24,)), ('base', 'pyramiddrop', (24,))),
+          'benchmarks': {'openmoji_grid': MODELS},
           'seeds': (0, 1, 2), 'batch_size': 16, 'limit': 800,  # 100 pictures
+          'time_repeats': 7,
           # shifts are found on the training split
           'calibrations': {'atp': ''}, 'calibrate_with': 'configs/quickstart.py:atp',
-          'calibrate_data_root': 'quickstart'},
+          'calibrate_data_root': MODELS},
       'llava_7b': {
           'checkpoints': {'base': 'llava7b', 'voco': '', 'atp': ''},
-          'methods': (('voco', 'voco', ()), ('atp', 'atp', (88, 144, 192))),
+          # PyramidDrop reads 144 tokens on average before its first cut
+          'methods': (('voco', 'voco', ()), ('atp', 'atp', (88, 144, 192)),
+                      *(('base', peer, (88, 144, 192)) for peer in (
+                          'visionzip', 'divprune', 'cdpruner', 'sparsevlm', 'fastv')),
+                      ('base', 'pyramiddrop', (192,))),
           # the seven of ATP-LLaVA's table 1; VQAv2's val, which is scored here
           'benchmarks': {'gqa': 'eval', 'mmbench': 'eval', 'mme': 'eval', 'pope': 'eval',
                          'seed': 'eval', 'scienceqa': 'eval', 'vqav2': 'eval'},
-          'batch_size': 16,
+          'batch_size': 16, 'time_repeats': 0,  # would hold all checkpoints at once
           # of vlm-compress calibrate --target-tokens 88 144 192 --out: not on these
           # benchmarks
           'calibrations': {'atp': 'calibrations/atp.json'}},

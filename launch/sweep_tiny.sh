@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the small VoCo and ATP models with three seeds, and evaluates them beside
-# all floors and peers: the sweep of the README, on any machine.
+# Trains the small VoCo and ATP models and the trained baselines with three seeds, and
+# evaluates them beside all floors and peers: the sweep of the README, on any machine.
 #
 #   launch/sweep_tiny.sh [--dry-run] OUT
 #
@@ -22,18 +22,22 @@ while [[ ${1-} == -* ]]; do
 done
 (($# == 1)) || usage
 out=${1%/} && read -ra seeds <<<"${SEEDS:-0 1 2}"
+pages=(voco8 voco2 qformer8 pool8 pool16 atp)
 
 run() { printf '%q ' "$@"; echo; $dry_run || "$@"; }
 
 for seed in "${seeds[@]}"; do
-  for page in voco8 atp; do
+  for page in "${pages[@]}"; do
     run vlm-compress train "--config=configs/quickstart.py:$page" --no-tensorboard \
       --config.init_from=vlm_compress/checkpoints/quickstart "--config.train.seed=$seed" \
       "--data-root=$out/models" "--workdir=$out/models/$page/seed$seed"
   done
 done
 list=$(IFS=,; echo "${seeds[*]}")
+models=()
+for page in "${pages[@]}"; do
+  models+=("--config.checkpoints.$page=$out/models/$page/seed{seed}/model")
+done
 run vlm-compress sweep --config=configs/sweeps.py:tiny "--out=$out" "--config.seeds=($list,)" \
-  "--config.checkpoints.voco8=$out/models/voco8/seed{seed}/model" \
-  "--config.checkpoints.atp=$out/models/atp/seed{seed}/model" \
+  "${models[@]}" \
   "--config.benchmarks.openmoji_grid=$out/models" "--config.calibrate_data_root=$out/models"

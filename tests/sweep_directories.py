@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_compress.eval import example_log
+from vlm_compress.eval.result_schema import SCHEMA
 
 LAYERS, SIDE, QUESTIONS = 8, 4, 40
 SCRIPT = '<script>alert("x")</script> | `code`'
@@ -18,6 +19,7 @@ MOST = {'gqa': 100.0, 'mme': 2000.0}
 METRICS = {'gqa': 'GQA accuracy', 'mme': 'MME perception'}
 LABELS = {'full': 'full', 'atp': 'ATP', 'voco': 'VoCo', 'random': 'random',
           'uniform': 'uniform grid', 'avg_pool': 'average pooling',
+          'downsample': 'image downsampling',
           'lower_bound': 'lower bound (LB)', 'upper_bound': 'upper bound (UB), C=2'}
 KINDS = {'gqa': ('structural: verify', 'structural: query', 'semantic: obj <b>'),
          'mme': ('existence', 'count')}
@@ -32,8 +34,8 @@ class Sweep:
 
   def add(self, method, accuracy, *, benchmark='gqa', budget=None, seed=0,
           checkpoint='base', places=(), differences=None, partial=False,
-          half=0.02, **fields):
-    """One run; returns its row."""
+          half=0.02, asked=None, **fields):
+    """One run; returns its row.  `budget` tokens are what was reached."""
     where = f'@{",".join(map(str, places))}' if places else ''
     cell = '--'.join([checkpoint, method + where, 'all' if budget is None else
                       f'{budget:g}', benchmark, str(seed)])
@@ -46,14 +48,17 @@ class Sweep:
         'rule': 'official', 'metric': METRICS[benchmark], 'value': most * accuracy,
         'value_ci95': [most * x for x in score['ci95']], 'scale': '0-100',
         'scale_max': most, **score, 'n_benchmark': 5 * n if partial else n,
-        'partial': partial, 'by_kind': {k: dict(score) for k in KINDS[benchmark]},
+        'n_asked': n, 'partial': partial, 'by_kind': {k: dict(score) for k in KINDS[benchmark]},
         'method': LABELS[method], 'method_key': method,
-        'trained': method in ('full', 'atp', 'voco', 'upper_bound'), 'budget': budget,
+        'trained': method in ('full', 'atp', 'voco', 'upper_bound'), 'budget': asked or budget,
         'seed': seed, 'input_visual_tokens': float(entering[:, 0].mean()),
         'layer_average_tokens': average, 'prefill_flops': 1e9 * average,
         'prefill_flops_dense': 1e9 * average, 'vision_flops': 1.0, 'projector_flops': 1.0,
         'selector_flops': 0.0, 'kv_bytes': 1e3 * average,
-        'latency_seconds': 0.1 + 0.01 * average, 'latency_n': n, 'generated_tokens': 1.0,
+        'latency_seconds': 9.0, 'latency_n': n,
+        'first_token_seconds': 0.1 + 0.01 * average,
+        'first_token_ratio': (0.1 + 0.01 * average) / 0.26, 'line': cell.rpartition('--')[0],
+        'generated_tokens': 1.0,
         'ratio_to_full': accuracy / 0.6, 'retention': None, 'agreement': 0.875,
         'agreement_ci95': [0.8, 0.925], 'differences': differences or {}}
     if method != 'voco':
@@ -101,15 +106,15 @@ class Sweep:
         for i, row in list(enumerate(rows))[::QUESTIONS // 2]])
 
   def floors(self, budget, accuracy, **fields):
-    """The three floors of a budget, the best of them at `accuracy`."""
-    for number, method in enumerate(('uniform', 'avg_pool', 'random')):
+    """The floors of a budget, the best of them at `accuracy`."""
+    for number, method in enumerate(('uniform', 'avg_pool', 'downsample', 'random')):
       self.add(method, accuracy - 0.02 * number, budget=budget, **fields)
 
   def write(self):
     """rows.json; returns the directory."""
     self.home.mkdir(exist_ok=True)
     (self.home / 'rows.json').write_text(json.dumps(
-        {'schema': 1, 'rows': self.rows, 'failed': self.failed, 'missing': self.missing,
+        {'schema': SCHEMA, 'rows': self.rows, 'failed': self.failed, 'missing': self.missing,
          'partial': bool(self.failed), 'versions': {'jax': '0.10.2'}}))
     return self.home
 
@@ -134,12 +139,13 @@ def whole(home: pathlib.Path) -> Sweep:
     some = {'benchmark': benchmark}
     sweep.add('full', 0.60, **some)
     sweep.add('atp', 0.58, budget=6.0, checkpoint='atp', places=CUTS, differences={
-        'uniform grid (training-free)': gap(0.08), 'average pooling (training-free)':
-        gap(0.1), 'random (training-free)': gap(0.005)}, **some)
+        'uniform grid, at its cuts (training-free)': gap(0.08),
+        'average pooling (training-free)': gap(0.1),
+        'random (training-free)': gap(0.005)}, **some)
     for seed in (0, 1, 2):
-      sweep.add('random', 0.44 + 0.02 * seed, budget=6.5, places=CUTS, seed=seed, **some)
-    sweep.add('uniform', 0.50, budget=6.5, places=CUTS, **some)
-    sweep.add('avg_pool', 0.48, budget=6.5, **some)
+      sweep.add('random', 0.44 + 0.02 * seed, budget=6.5, asked=6.0, places=CUTS, seed=seed, **some)
+    sweep.add('uniform', 0.50, budget=6.5, asked=6.0, places=CUTS, **some)
+    sweep.floors(6.5, 0.48, asked=6.0, **some)
     sweep.add('voco', 0.45, budget=2.0, checkpoint='voco', retention=0.75, **some)
     sweep.add('lower_bound', 0.30, budget=2.0, **some)
     sweep.add('upper_bound', 0.59, **some)

@@ -319,7 +319,8 @@ def test_the_tiny_sweep_trains_and_evaluates_what_it_trains(stage, monkeypatch):
     override(load_page(args.config), flags)
     made.add(f'{args.workdir}/model')
   wanted = {page.checkpoints[name].replace('{seed}', str(seed))
-            for name in ('voco8', 'atp') for seed in page.seeds}
+            for name in ('voco8', 'voco2', 'qformer8', 'pool8', 'pool16', 'atp')
+            for seed in page.seeds}
   assert made == wanted
 
 

@@ -234,11 +234,21 @@ def _dealt(replicas: Sequence[Replica], windows: Sequence[Any], ask: Callable
       free.put(replica)
   with concurrent.futures.ThreadPoolExecutor(len(replicas)) as pool:
     jobs = [pool.submit(one, window) for window in windows]
+    failed = None
     try:
       for job in concurrent.futures.as_completed(jobs):
-        yield job.result()
+        if job.cancelled():
+          continue
+        if job.exception() is None:
+          yield job.result()  # also those that others were at when one failed
+        elif failed is None:
+          failed = job.exception()
+          for other in jobs:  # those that have not begun
+            other.cancel()
+      if failed is not None:
+        raise failed
     finally:
-      for job in jobs:  # of a run that stops, those that have not begun
+      for job in jobs:
         job.cancel()
 
 
@@ -270,13 +280,22 @@ def _pictures(questions: QuestionSet, question: Question, opened: dict[Any, Any]
   if key is None:
     return []
   if key not in opened:
-    try:
-      opened[key] = images_lib.open_picture(
-          questions.image_path(question) if question.image is not None else
-          base64.b64decode(question.picture))
-    except (DataError, ValueError, FileNotFoundError) as error:
-      raise DataError(f'{questions.source}: question {question.id!r}: {error}') from error
+    opened[key] = picture_of(questions, question)
   return [opened[key]]
+
+
+def picture_of(questions: QuestionSet, question: Question) -> Any:
+  """The question's picture, which it must have, decoded.
+
+  Raises:
+    DataError: it is none; names the question.
+  """
+  try:
+    return images_lib.open_picture(
+        questions.image_path(question) if question.image is not None else
+        base64.b64decode(question.picture))
+  except (DataError, ValueError, FileNotFoundError) as error:
+    raise DataError(f'{questions.source}: question {question.id!r}: {error}') from error
 
 
 def _row(config: LlavaConfig, method: MethodConfig, prompt: _Prompt, pictured: bool,

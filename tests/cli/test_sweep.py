@@ -15,7 +15,7 @@ import pytest
 import small_benchmark
 
 from vlm_compress.cli import __main__ as cli
-from vlm_compress.cli import benchmark_run, sweep
+from vlm_compress.cli import benchmark_run, sweep, sweep_times
 from vlm_compress.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def get_config():
       'batch_size': 4, 'tensor': 1, 'template': '', 'allow_partial': False,
       'calibrations': {'atp': ''}, 'calibrate_with': '', 'calibrate_data_root': ''})
 '''
-CELLS = ['base--avg_pool--2--gqa--0', 'base--full--all--gqa--0',
+CELLS = ['base--avg_pool--2--gqa--0', 'base--downsample--2--gqa--0', 'base--full--all--gqa--0',
          'base--lower_bound--2--gqa--0', 'base--random--2--gqa--0',
          'base--uniform--2--gqa--0', 'base--upper_bound--2--gqa--0', 'voco--voco--2--gqa--0']
 
@@ -69,12 +69,12 @@ def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypat
   said = capsys.readouterr()
   assert ran == CELLS
   assert 'failed: base--uniform--2--gqa--0: memory' in said.err
-  assert 'no table: report: VoCo at 2 layer-average tokens lacks the floor rows uniform' in (
+  assert 'no table: report of the sweep: gqa: VoCo at 2 layer-average tokens lacks the floor rows uniform' in (
       said.err.replace('\n', ' '))
   assert 'retention' not in said.out and not (folder / 'out/table.csv').exists()
   content = json.loads((folder / 'out/rows.json').read_text())
   assert content['missing'] == ['base--uniform--2--gqa--0'] and content['partial']
-  assert 'RuntimeError: out of' in content['failed'][0]['error'] and len(content['rows']) == 6
+  assert 'RuntimeError: out of' in content['failed'][0]['error'] and len(content['rows']) == 7
   assert cli.main(words(folder, '--allow-partial')) == 1
   assert 'PARTIAL TABLE' in capsys.readouterr().out
   ran.clear()
@@ -86,7 +86,7 @@ def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypat
   assert cli.main(words(folder)) == 0
   # All are looked at, and one is asked.
   assert ran == CELLS and set(times().items()) - set(before.items()) == {
-      (CELLS[4], times()[CELLS[4]])}
+      (CELLS[5], times()[CELLS[5]])}
   said = capsys.readouterr().out
   assert 'gqa: GQA accuracy, n = 18' in said and 'VoCo' in said and 'PARTIAL' not in said
   content = json.loads((folder / 'out/rows.json').read_text())
@@ -94,9 +94,9 @@ def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypat
   assert not list((folder / 'out').rglob('error.txt'))
   assert len((folder / 'out/table.csv').read_text().splitlines()) == 1 + len(CELLS)
   assert 'VoCo' in (folder / 'out/report.md').read_text()
-  full, voco = content['rows'][1], content['rows'][-1]
+  full, voco = content['rows'][2], content['rows'][-1]
   assert full['agreement'] == 1.0 and voco['budget'] == voco['layer_average_tokens'] == 2
-  assert len(voco['differences']) == 3
+  assert len(voco['differences']) == 4
 
 
 def test_cells_of_other_settings_or_weights_are_no_cells_of_the_sweep(
@@ -117,6 +117,49 @@ def test_cells_of_other_settings_or_weights_are_no_cells_of_the_sweep(
   content = json.loads((tmp_path / 'out/rows.json').read_text())
   assert [one['cell'] for one in content['failed']] == CELLS[:-1]
   assert 'checkpoint: ' in content['failed'][0]['error']
+
+
+def test_a_damaged_cell_is_listed_and_the_rest_has_a_table(folder, tmp_path, capsys):
+  shutil.copytree(folder / 'out', tmp_path / 'out')
+  path = tmp_path / 'out/runs' / CELLS[5] / 'answers.jsonl'
+  path.write_text(path.read_text()[:-9])
+  assert cli.main([*words(folder)[:2], f'--out={tmp_path}/out', '--allow-partial']) == 1
+  said = capsys.readouterr()
+  assert f'failed: {CELLS[5]}: ' in said.err and 'answers.jsonl' in said.err
+  assert 'PARTIAL TABLE: VoCo at 2' in said.out
+  rows = json.loads((tmp_path / 'out/rows.json').read_text())['rows']
+  assert len(rows) == len(CELLS) - 1
+
+
+def test_times_are_measured_in_turn_and_once(folder, tmp_path, capsys, monkeypatch):
+  shutil.copytree(folder / 'out', tmp_path / 'out')
+  flags = [*words(folder)[:2], f'--out={tmp_path}/out', '--config.batch_size=2']
+  page = folder / 'timed.py'
+  page.write_text((folder / 'page.py').read_text().replace(
+      "'tensor'", "'time_repeats': 2, 'tensor'"))
+  flags[1] = f'--config={page}'
+  assert cli.main(flags) == 0
+  content = json.loads((tmp_path / 'out/rows.json').read_text())
+  times = json.loads((tmp_path / 'out/times.json').read_text())['lines']
+  assert set(times) == {name.removesuffix('--0') for name in CELLS}
+  for row in content['rows']:
+    one = times[row['line']]
+    assert len(one['rounds']) == 2 and one['questions'] == 2 and one['seconds'] > 0
+    assert (row['first_token_seconds'], row['first_token_ratio']) == (
+        one['seconds'], one['ratio'])
+  assert times['base--full--all--gqa']['ratio'] == 1.0
+  table = (tmp_path / 'out/table.csv').read_text().splitlines()
+  assert table[0].endswith('first_token_seconds,first_token_ratio') and table[1][-1] != ','
+  measured, read = [], sweep_times.measure
+  monkeypatch.setattr(sweep_times, 'measure', lambda *a: measured.append(a) or read(*a))
+  assert cli.main(flags) == 0 and not measured
+  capsys.readouterr()
+  flags[-1] = '--config.batch_size=500'  # more than there are pictures
+  assert cli.main(flags) == 1 and measured
+  assert 'times were not measured: gqa: only ' in capsys.readouterr().err
+  content = json.loads((tmp_path / 'out/rows.json').read_text())
+  assert [one['cell'] for one in content['failed']] == ['times.json']
+  assert len(content['rows']) == len(CELLS)  # with the times that were measured before
 
 
 def runner(folder, tmp_path, **fields):
@@ -197,7 +240,7 @@ def test_two_processes_are_one(folder, tmp_path):
     codes = [process.wait(timeout=500) for process in both]
   said = (tmp_path / 'log').read_text()
   assert codes == [0, 0], said
-  assert '[4 of 4]' in said and '[3 of 3]' in said
+  assert said.count('[4 of 4]') == 2
   rows = [[{k: v for k, v in row.items() if not k.startswith('latency')}
            for row in json.loads((folder / out / 'rows.json').read_text())['rows']]
           for out in ('one', 'two')]

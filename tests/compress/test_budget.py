@@ -38,7 +38,11 @@ def test_counts_by_hand():
   assert 3 * 576 + 4 * counts[0] + 9 * counts[1] + 16 * counts[2] == (
       pytest.approx(32 * 192, abs=16))
   assert counts[1] / counts[0] == pytest.approx(counts[0] / 576, abs=0.01)
-  assert _counts('downsample', 88, tolerance=0.1) == ('downsample', 81)
+  # The next size that is not below the budget by more than 5 %.
+  assert _counts('downsample', 88) == ('downsample', 100)
+  assert _counts('downsample', 85) == ('downsample', 81)
+  assert _counts('avg_pool', 17) == ('avg_pool', 18)
+  assert _counts('avg_pool', 16.8) == ('avg_pool', 16)
 
 
 def test_placements_of_other_depths():
@@ -62,14 +66,34 @@ def test_the_average_is_what_was_asked_for(method):
 
 
 @pytest.mark.parametrize('method,tokens,words', [
-    ('fastv', 30, 'nearest is 36.9'), ('pyramiddrop', 128, 'nearest is 144.75'),
-    ('sparsevlm', 50, 'nearest is 54'), ('downsample', 88, 'nearest is 81'),
+    ('fastv', 30, 'two behind every cut the average is 37.875'),
+    ('pyramiddrop', 144, 'two behind every cut the average is 145.5'),
+    ('sparsevlm', 50, r'after layers \(3, 7, 16\) of 32, where one token'),
     ('visionzip', 1, 'nearest is 2'), ('random', 0.4, 'nearest is 1'),
     ('random', 577, 'between 0 and the 576'), ('cut', 9, "method='cut'"),
 ])
 def test_budgets_out_of_reach(method, tokens, words):
   with pytest.raises(ConfigError, match=words):
     budget.at_budget(SEVEN_B, method, tokens)
+
+
+@pytest.mark.parametrize('tokens', [88, 144, 192, 288])
+@pytest.mark.parametrize('method', ['random', 'uniform'])
+def test_floors_cut_where_they_are_told_to(method, tokens):
+  places, counts = _counts(method, tokens, prune_after=(4, 14, 24))
+  assert places == (4, 14, 24) and 576 > counts[0] > counts[1] > counts[2] >= 1
+  # every cut leaves about the same share
+  assert counts[0] / 576 == pytest.approx(counts[1] / counts[0], rel=0.05)
+  average = (4 * 576 + 10 * counts[0] + 10 * counts[1] + 8 * counts[2]) / 32
+  assert average == pytest.approx(tokens, abs=0.5)
+
+
+def test_a_single_cut_by_hand():
+  # 2 of 4 layers whole: (2 * 16 + 2 c) / 4 = 10 -> c = 4
+  at = lambda tokens: budget.at_budget(helpers.tiny(), 'random', tokens, prune_after=(2,))
+  assert at(10).atp.fixed_counts == (4,) and at(9).atp.fixed_counts == (2,)
+  with pytest.raises(ConfigError, match='where one token would be left; with two'):
+    at(8.5)
 
 
 def test_another_placement_reaches_lower():

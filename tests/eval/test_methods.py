@@ -5,42 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import core_helpers as helpers
-import numpy as np
 import pytest
 
 from vlm_compress.compress.baselines.budget import layer_average
-from vlm_compress.config import AtpConfig, ConfigError, LlavaConfig
+from vlm_compress.config import AtpConfig, ConfigError
 from vlm_compress.eval import methods
-from vlm_compress.eval.methods import cut_counts, method_config
-
-BIG = LlavaConfig()  # 576 tokens, 32 layers
-
-
-def average(counts, places, tokens=576, layers=32) -> float:
-  entering = [tokens] * layers
-  for place, count in zip(places, counts):
-    entering[place:] = [count] * (layers - place)
-  return float(np.mean(entering))
-
-
-@pytest.mark.parametrize('budget', [88, 144, 192, 288])
-def test_counts_at_the_papers_placement(budget):
-  places = (4, 14, 24)
-  counts = cut_counts(BIG, budget, places)
-  assert average(counts, places) == pytest.approx(budget, abs=0.5)
-  assert 576 > counts[0] > counts[1] > counts[2] >= 1
-  # every cut leaves about the same share
-  assert counts[0] / 576 == pytest.approx(counts[1] / counts[0], rel=0.05)
-
-
-def test_counts_by_hand():
-  assert cut_counts(BIG, 64, (0,)) == (64,)
-  # 2 of 4 layers whole: (2 * 16 + 2 c) / 4 = 10 -> c = 4
-  assert cut_counts(helpers.tiny(), 10, (2,)) == (4,)
-  with pytest.raises(ConfigError, match='the least is 8.5'):
-    cut_counts(helpers.tiny(), 8, (2,))
-  assert cut_counts(helpers.tiny(), 8.1, (2,)) == (1,)  # as far off as peers may be
-  assert cut_counts(helpers.tiny(), 8.5, (2,)) == (1,)
+from vlm_compress.eval.methods import method_config
 
 
 def test_methods_of_a_base_model():
@@ -53,11 +23,30 @@ def test_methods_of_a_base_model():
     assert (made.label, made.trained, made.runs_as) == (label, False, 'atp')
     assert layer_average(made.config) == 4
   pooled = method_config('avg_pool', base, 5)  # 5 tokens would be strips
-  assert pooled.config.num_query_tokens == 6 and pooled.budget == 6
+  assert pooled.config.num_query_tokens == 6 and pooled.budget == 5
+  smaller = method_config('downsample', base, 5)
+  assert smaller.config.num_query_tokens == 9 and smaller.label == 'image downsampling'
   bound = method_config('upper_bound', base, 1)
   assert bound.label == 'upper bound (UB), C=1' and bound.config.voco.num_voco_tokens == 1
   assert method_config('lower_bound', base, 2).trained is False
   assert method_config('voco', base).budget == 2
+
+
+@pytest.mark.parametrize('kind, label', [
+    ('qformer', 'Q-Former'), ('avg_pool_linear', 'average pooling + linear')])
+def test_trained_resamplers_are_methods_of_their_own(kind, label):
+  base = dataclasses.replace(helpers.tiny(), resampler=kind, num_query_tokens=4)
+  made = method_config(kind, base)
+  assert (made.label, made.trained, made.runs_as, made.budget) == (label, True, 'full', 4)
+  assert method_config(kind, base, 4).config == made.config
+  assert kind not in methods.OF_BASE  # it must stand beside floors
+  with pytest.raises(ConfigError, match='can have no other number'):
+    method_config(kind, base, 8)
+  for name, budget in (('full', None), ('random', 4), ('avg_pool', 4)):
+    with pytest.raises(ConfigError, match=f"resampler='{kind}'"):
+      method_config(name, base, budget)
+  with pytest.raises(ConfigError, match=r"not trained with it \(resampler='none'\)"):
+    method_config(kind, helpers.tiny())
 
 
 def test_atp_needs_a_shift_for_another_budget():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from vlm_compress.config import ConfigError
+from vlm_compress.eval import floors, tables
 from vlm_compress.eval import report as report_lib
-from vlm_compress.eval import tables
 
 ATTRIBUTION = ('Pictures: OpenMoji (https://openmoji.org), CC BY-SA 4.0 '
                '(https://creativecommons.org/licenses/by-sa/4.0/).')
@@ -25,8 +25,8 @@ def row(method, accuracy, tokens, *, trained=True, seed=0, n=100, **fields):
               ratio_to_full=accuracy / 0.9, retention=None, seed=seed, **fields)
 
 
-def floors(tokens, accuracy=0.5, **fields):
-  return [row(name, accuracy, tokens, **fields) for name in tables.FLOORS]
+def floor_rows(tokens, accuracy=0.5, **fields):
+  return [row(name, accuracy, tokens, **fields) for name in floors.NEEDED]
 
 
 def atp(**fields):
@@ -35,7 +35,7 @@ def atp(**fields):
   return row('ATP', 0.85, 4.2, **fields)
 
 
-ROWS = [row('full', 0.9, 16), atp(), *floors(4.0)]
+ROWS = [row('full', 0.9, 16), atp(), *floor_rows(4.0)]
 
 
 def png(side=8):
@@ -85,8 +85,8 @@ def test_same_budget():
 
 
 def test_sections_hold_one_budget_each():
-  rows = [row('VoCo', 0.7, 1), *floors(1), atp(), row('full', 0.9, 16),
-          row('random', 0.6, 4), row('uniform grid', 0.7, 4), *floors(8),
+  rows = [row('VoCo', 0.7, 1), *floor_rows(1), atp(), row('full', 0.9, 16),
+          row('random', 0.6, 4), row('uniform grid', 0.7, 4), *floor_rows(8),
           row('lower bound (LB)', 0.4, 1)]
   parts = tables.sections(rows)
   got = [(part.budget, [entry.method for entry in part.entries])
@@ -119,35 +119,35 @@ def test_same_seed_or_other_training_is_another_line():
       0.6, 0.5, 0.4]
 
 
-@pytest.mark.parametrize('floor', list(tables.FLOORS))
+@pytest.mark.parametrize('floor', list(floors.NEEDED))
 def test_a_missing_floor_is_refused(floor):
   rows = [r for r in ROWS if r['method'] != floor]
   with pytest.raises(ConfigError, match=rf'ATP at 4.2 .* floor rows {floor} at'):
-    tables.checked_sections(rows, allow_partial=False)
-  _, missing = tables.checked_sections(rows, allow_partial=True)
+    floors.checked_sections(rows, allow_partial=False)
+  _, missing = floors.checked_sections(rows, allow_partial=True)
   assert len(missing) == 1
 
 
 def test_floors_of_another_budget_do_not_count():
-  rows = [row('full', 0.9, 16), atp(), *floors(5.0)]
+  rows = [row('full', 0.9, 16), atp(), *floor_rows(5.0)]
   with pytest.raises(ConfigError, match='random, uniform grid, average pool'):
-    tables.checked_sections(rows, allow_partial=False)
+    floors.checked_sections(rows, allow_partial=False)
 
 
 def test_pooling_with_a_linear_map_counts_as_pooling():
-  rows = [atp(), *floors(4)[:2], row('average pooling + linear', 0.5, 4)]
-  assert tables.checked_sections(rows, allow_partial=False)[1] == []
+  rows = [atp(), *floor_rows(4)[:2], row('average pooling + linear', 0.5, 4)]
+  assert floors.checked_sections(rows, allow_partial=False)[1] == []
 
 
 def test_references_and_bounds_need_no_floors():
   rows = [row('full', 0.9, 16), row('lower bound (LB)', 0.4, 1)]
-  assert tables.problems(tables.sections(rows)) == []
+  assert floors.problems(tables.sections(rows)) == []
 
 
 def test_unequal_numbers_of_questions_are_refused():
   rows = [*ROWS, row('VoCo', 0.8, 4.0, n=50)]
   with pytest.raises(ConfigError, match=r'different numbers.*\[50, 100\]'):
-    tables.checked_sections(rows, allow_partial=False)
+    floors.checked_sections(rows, allow_partial=False)
 
 
 @pytest.mark.parametrize('change, message', [
@@ -171,8 +171,8 @@ def test_missing_fields_are_named():
 
 def finding(method_accuracy=0.85, floor_accuracy=0.5, trained=True, **fields):
   rows = [row('full', 0.9, 16), row('ATP', method_accuracy, 4.0, **fields),
-          *floors(4.0, floor_accuracy, trained=trained)]
-  line, = tables.findings(tables.sections(rows))
+          *floor_rows(4.0, floor_accuracy, trained=trained)]
+  line, = floors.findings(tables.sections(rows))
   return line
 
 

@@ -27,21 +27,22 @@ def names(*args, **options) -> list[str]:
 def test_floors_and_bounds_are_planned_once():
   got = names(CONFIGS, [('base', 'voco', (2, 1)), ('atp', 'atp', ())], ['gqa', 'pope'],
               [0], 'base')
-  assert len(got) == len(set(got)) == 2 * (1 + 2 * 6 + 4)
-  assert [n for n in got if '--gqa--' in n] == [
-      'atp--atp--all--gqa--0', *[f'base--{n}--gqa--0' for n in (
-          'avg_pool--1', 'avg_pool--2', 'avg_pool--8', 'full--all', 'lower_bound--1',
-          'lower_bound--2', 'random--1', 'random--2', 'random@1,2,3--8', 'uniform--1',
-          'uniform--2', 'uniform@1,2,3--8', 'upper_bound--1', 'upper_bound--2', 'voco--1',
-          'voco--2')]]
+  floors = ('avg_pool', 'downsample', 'random', 'uniform')
+  want = [f'{floor}--{n}' for floor in floors for n in (1, 2, 8)] + [
+      'random@1,2,3--8', 'uniform@1,2,3--8', 'full--all'] + [
+          f'{kind}--{n}' for kind in ('voco', 'lower_bound', 'upper_bound') for n in (1, 2)]
+  assert sorted(n for n in got if '--gqa--' in n) == sorted([
+      'atp--atp--all--gqa--0', *[f'base--{n}--gqa--0' for n in want]])
+  assert len(got) == len(set(got)) == 2 * (1 + len(want))
 
 
 def test_seeds_of_what_they_change():
   got = names(CONFIGS, [('atp', 'atp', (10,))], ['gqa'], [0, 1], 'base')
-  assert [n for n in got if n.endswith('--1')] == ['base--random@1,2,3--10--gqa--1']
+  draws = ['base--random--10--gqa--1', 'base--random@1,2,3--10--gqa--1']
+  assert [n for n in got if n.endswith('--1')] == draws
   got = names(CONFIGS, [('atp', 'atp', (10,))], ['gqa'], [0, 1], 'base', ['atp'])
   assert [n for n in got if n.endswith('--1')] == [
-      'atp--atp--10--gqa--1', 'base--random@1,2,3--10--gqa--1']
+      'atp--atp--10--gqa--1', *draws]
 
 
 @pytest.mark.parametrize('wanted, message', [
@@ -65,7 +66,8 @@ def run(method: str, right: int, tokens: float, budget=None) -> Run:
   result = dict.fromkeys(RESULT) | {
       'method': method, 'accuracy': right / 20, 'layer_average_tokens': tokens,
       'budget': budget, 'value_ci95': [0.0, 100.0], 'benchmark': 'gqa', 'split': '',
-      'trained': True, 'seed': 0, 'n': 20, 'n_benchmark': 20, 'partial': False}
+      'trained': method not in ('random', 'uniform grid'), 'seed': 0, 'n': 20, 'n_asked': 20,
+      'n_benchmark': 20, 'partial': False}
   return Run(pathlib.Path(method), {'model': {'atp': None}}, result, scores)
 
 
@@ -76,7 +78,7 @@ def test_rows_stand_beside_full_bounds_and_floors():
           cell('full'): run('full', 16, 16), cell('upper_bound', 2.0): run('UB', 18, 16),
           cell('lower_bound', 2.0): run('LB', 2, 2, 2.0),
           cell('random', 2.0): run('random', 6, 2, 2.0),
-          cell('avg_pool', 2.0): run('average pooling', 4, 4, 2.0),  # other tokens
+          cell('uniform', 2.0): run('uniform grid', 4, 1, 2.0),  # fewer tokens
           cell('voco', 2.0, 'v'): run('VoCo', 10, 2, 2.0)}
   rows = {row['method']: row for row in sweep_rows.rows(runs, 'base')}
   voco = rows['VoCo']
@@ -93,6 +95,12 @@ def test_rows_stand_beside_full_bounds_and_floors():
   assert gap['random (training-free)']['mean'] == pytest.approx(want.mean)
   assert gap['random (training-free)']['ci95'] == pytest.approx(want.ci95)
   assert not rows['random']['differences']
+  # A floor may have more tokens, which is in its favour, or be trained.
+  runs[cell('avg_pool_linear', 2.0, 'p')] = run('average pooling + linear', 4, 4, 2.0)
+  more = {row['method']: row for row in sweep_rows.rows(runs, 'base')}
+  assert sorted(more['VoCo']['differences']) == [
+      'average pooling + linear', 'random (training-free)']
+  assert not more['average pooling + linear']['differences']  # all have fewer tokens
   # Of several draws the mean; what cuts elsewhere is not compared.
   runs[Cell('base', 'gqa', 'random', 2.0, 1)] = run('random', 2, 2, 2.0)
   runs[Cell('base', 'gqa', 'random', 2.0, 2, (3,))] = run('random', 0, 2, 2.0)
@@ -103,6 +111,10 @@ def test_rows_stand_beside_full_bounds_and_floors():
   assert gap['random (training-free)']['mean'] == pytest.approx((want.mean + other.mean) / 2)
   assert gap['random (training-free)']['ci95'] == pytest.approx(
       [min(want.ci95[0], other.ci95[0]), max(want.ci95[1], other.ci95[1])])
+  runs[cell('voco', 2.0, 'v')].config['model']['atp'] = {'prune_after': (3,)}
+  cut = next(row for row in sweep_rows.rows(runs, 'base') if row['method'] == 'VoCo')
+  assert cut['differences']['random, at its cuts (training-free)']['mean'] == 10 / 20
+  assert cut['differences']['random (training-free)'] == gap['random (training-free)']
   del runs[cell('upper_bound', 2.0)], runs[cell('full')]
   alone = {row['method']: row for row in sweep_rows.rows(runs, 'base')}['VoCo']
   assert alone['retention'] is None and alone['ratio_to_full'] is None

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
-from vlm_compress.eval import figures, sweep_figures, sweep_tables
+from vlm_compress.eval import figures, floors, sweep_figures, sweep_tables
 from vlm_compress.eval import report as report_lib
 from vlm_compress.eval.sweep_report import FOLDER, write_report
 
@@ -55,8 +55,8 @@ def test_numbers_are_in_the_tables(written):
   full, atp = (next(r for r in rows if r[0] == name and len(r) == 12)
                for name in ('full', 'ATP'))
   average = written[0].rows[1]['layer_average_tokens']
-  assert full == ['full', '16.0', '16', '16 GFLOP', '16 kB', '0.26', '60.0 [58.0, 62.0]',
-                  '100.0 %', '–', '87.5 % [80.0, 92.5]', '40', '1']
+  assert full == ['full', '16.0', '16', '16 GFLOP', '16 kB', '260 ms 1.00 × full',
+                  '60.0 [58.0, 62.0]', '100.0 %', '–', '87.5 % [80.0, 92.5]', '40', '1']
   assert atp[1:3] == [f'{average:.1f}', '16'] and atp[6:8] == ['58.0 [56.0, 60.0]', '96.7 %']
   mme = [r for r in rows if r[0] == 'ATP' and len(r) == 12][1]
   assert mme[6] == '1160.0 [1120.0, 1200.0]'
@@ -80,17 +80,17 @@ def test_differences_are_in_the_scale_of_the_benchmark(written):
 
 def test_findings_name_the_best_floor_and_its_difference(written):
   text = written[3]
-  assert 'best floor: uniform grid 50.0, difference +8.0 points' in text
-  assert 'retention 0.750; best floor: uniform grid 46.0, not beaten' in text
-  assert 'best floor: uniform grid 1000.0, difference +160.0 points' in text
+  assert 'best floor: uniform grid (cut after 1, 3, 6) 50.0, difference +8.0 points' in text
+  assert 'retention 0.750; best floor: uniform grid (cut before layer 1) 46.0, not beaten' in text
+  assert 'best floor: uniform grid (cut after 1, 3, 6) 1000.0, difference +160.0 points' in text
 
 
 def test_floors_stand_apart_and_lines_of_one_method_are_told_apart(written):
   html = written[2]
-  floors = re.findall(r'<tr class="floor"><td class=t>(?:<i[^>]*></i>)?([^<]*)', html)
+  names = re.findall(r'<tr class="floor"><td class=t>(?:<i[^>]*></i>)?([^<]*)', html)
   assert {'uniform grid (cut after 1, 3, 6)', 'random (cut before layer 1)',
-          'average pooling', 'random (cut after 1, 3, 6)',
-          'uniform grid (cut before layer 1)'} == {name.strip() for name in floors}
+          'average pooling', 'image downsampling', 'random (cut after 1, 3, 6)',
+          'uniform grid (cut before layer 1)'} == {name.strip() for name in names}
   assert '<small>floor, training-free</small>' in html
   assert '| *average pooling floor, training-free* |' in written[3]
 
@@ -139,7 +139,7 @@ def test_examples_show_all_answers_and_whether_they_are_right(written):
   html = written[2]
   second = html[html.index('number 20?'):]
   second = second[:second.index('</article>')]
-  assert 'Answer: yes / yeah' in second and second.count('class="t wrong">✗ yes') == 11
+  assert 'Answer: yes / yeah' in second and second.count('class="t wrong">✗ yes') == 15
   first = html[html.index('number 0?'):html.index('number 20?')]
   assert '✗ voco says &lt;script&gt;' in first
   assert '| random (cut after 1, 3, 6), 6.5 tokens | ✗ | yes | seed 0 |' in written[3]
@@ -197,23 +197,62 @@ def test_floors_of_another_checkpoint_count_only_without_own_ones(tmp_path):
     sweep_tables.benches(sweep.rows, False)
 
 
-def test_floors_that_cut_elsewhere_are_not_the_ones_measured_against(tmp_path):
+def test_a_method_needs_floors_where_it_cuts_and_in_front(tmp_path):
   sweep = small(tmp_path)
   sweep.rows[1]['placement'] = (1, 3)
   sweep.add('random', 0.3, budget=2.0, places=(1, 3))['placement'] = (1, 3)
-  with pytest.raises(ConfigError, match='VoCo at 2 .* lacks the floor rows uniform grid'):
+  with pytest.raises(ConfigError, match='VoCo at 2 .* lacks the floor rows uniform grid cut '
+                     'where it cuts at'):
     sweep_tables.benches(sweep.rows, False)
   bench, = sweep_tables.benches(sweep.rows, True)
   part = bench.parts[1]
-  from vlm_compress.eval import tables
-  found = tables.floors_for(bench.parts, part, part.entries[0])
+  found = floors.floors_for(bench.parts, part, part.entries[0])
   assert sorted((f.method, f.placement) for f in found) == [
-      ('average pooling', ()), ('random', (1, 3))]
-  elsewhere = lambda: [line for line in tables.findings(
-      sweep_tables.benches(sweep.rows, False)[0].parts) if 'elsewhere' in line]
+      ('average pooling', ()), ('image downsampling', ()), ('random', ()),
+      ('random', (1, 3)), ('uniform grid', ())]
   sweep.add('uniform', 0.1, budget=2.0, places=(1, 3))['placement'] = (1, 3)
-  line, = elsewhere()  # the grid in front of all layers
-  assert re.search(r'best floor: .*; better, though cut elsewhere: uniform grid', line), line
+  assert not sweep_tables.benches(sweep.rows, False)[0].problems
+  sweep.add('uniform', 0.55, budget=2.0, places=(2,))['placement'] = (2,)
+  line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
+  assert 'not beaten' not in line and line.endswith(
+      '; better, though cut elsewhere: uniform grid (cut after 2) 55.0 %.'), line
+  del sweep.rows[2]  # the grid in front of all layers
+  with pytest.raises(ConfigError, match='lacks the floor rows uniform grid in front of'):
+    sweep_tables.benches(sweep.rows, False)
+
+
+def test_a_floor_of_fewer_tokens_is_none_and_one_of_more_is(tmp_path):
+  sweep = small(tmp_path)
+  assert [row['method_key'] for row in sweep.rows[2:4]] == ['uniform', 'avg_pool']
+  sweep.rows[3]['layer_average_tokens'] = 4.0
+  assert not sweep_tables.benches(sweep.rows, False)[0].problems
+  sweep.rows[3]['layer_average_tokens'] = 1.0
+  with pytest.raises(ConfigError, match='lacks the floor rows average pooling at'):
+    sweep_tables.benches(sweep.rows, False)
+
+
+def test_sections_are_the_budgets_that_were_asked_for(tmp_path):
+  sweep = small(tmp_path)
+  sweep.add('voco', 0.5, budget=2.2, asked=3.0, checkpoint='voco')
+  bench, = sweep_tables.benches(sweep.rows, True)
+  assert [part.budget for part in bench.parts] == [None, 3.0, 2.0]
+  assert 'VoCo at 3' in bench.problems[0]  # those at 2 were not asked for it
+
+
+def test_findings_name_what_needs_no_more_flops(tmp_path):
+  sweep = small(tmp_path)
+  line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
+  assert 'FLOP' not in line
+  sweep.add('random', 0.55, budget=6.0)
+  sweep.rows[1]['prefill_flops'] = 5.88e9
+  line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
+  assert 'FLOP' not in line
+  sweep.rows[1]['prefill_flops'] = 5.89e9  # 2 % more are as many
+  line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
+  assert line.endswith('; better at no more than 5.89 GFLOP: random 55.0 %.')
+  sweep.rows[1]['prefill_flops'] = 17e9
+  line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
+  assert line.endswith('; better at no more than 17 GFLOP: full 60.0 %.')
 
 
 def test_partial_runs_have_n_beside_the_number(tmp_path):
@@ -221,8 +260,8 @@ def test_partial_runs_have_n_beside_the_number(tmp_path):
   sweep.add('full', 0.6, partial=True)
   paths = write_report(sweep.write())
   html = paths['html'].read_text()
-  assert '<td>40 <small>of 200</small></td>' in html
-  assert 'gqa: 40 of 200 questions.' in html and 'All benchmarks' not in html
+  assert '<td>40 <small>partial</small></td>' in html
+  assert 'gqa: 40 of 200 questions were asked.' in html and 'All benchmarks' not in html
 
 
 def test_other_numbers_of_questions_are_refused(tmp_path):
@@ -234,7 +273,7 @@ def test_other_numbers_of_questions_are_refused(tmp_path):
 
 def test_nulls_are_dashes(tmp_path):
   sweep = directories.Sweep(tmp_path)
-  sweep.add('full', 0.6, latency_seconds=None, ratio_to_full=None, agreement=None,
+  sweep.add('full', 0.6, first_token_seconds=None, ratio_to_full=None, agreement=None,
             agreement_ci95=None)
   row, = [r for r in table_rows(write_report(sweep.write())['html'].read_text())
           if r[0] == 'full' and len(r) == 12]

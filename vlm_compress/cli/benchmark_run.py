@@ -128,7 +128,10 @@ def resolved(checkpoint: Checkpoint, job: Job) -> tuple[str, methods.MethodConfi
   Raises:
     ConfigError: it does not fit the model, or a budget needs a shift.
   """
-  name = own_method(checkpoint.config) if job.method == 'auto' else job.method
+  name = job.method
+  if name == 'auto':
+    kind = checkpoint.config.resampler
+    name = kind if kind in methods.RESAMPLERS else own_method(checkpoint.config)
   method = methods.method_config(name, checkpoint.config, job.budget, job.prune_after)
   check(job.shift is None or name == 'atp', f'--threshold-shift belongs to method atp, '
         f'not {name}')

@@ -49,11 +49,17 @@ KINDS = {'what': 9, 'caption': 1, 'where': 2, 'exists': 2, 'count': 2,
 # Compression trains on the kinds that the base model has learned.
 VOCO_ROWS = {'kinds': {'what': 7, 'caption': 1, 'count': 1, 'category': 2},
              'length': 180, 'text_length': 108}
+# Trained as VoCo with as many tokens is: as long, on the same rows.
+BASELINE_ROWS = {**VOCO_ROWS, 'num_voco_tokens': (0,), 'length': 116}
+BASELINE_TRAIN = {'stage': 'instruct', 'steps': 450, 'learning_rate': 2e-3,
+                  'warmup_steps': 20}
 # With one turn per row these are weights.  Captions and counts need more
 # tokens than `what`: drawn too rarely here, they would lift the average of the
 # evaluation's mix above the target.
 ATP_KINDS = {'what': 9, 'caption': 3, 'count': 3, 'category': 3}
 
+ATP_TRAIN = {'steps': 350, 'batch_size': 32, 'learning_rate': 1.5e-3,
+             'warmup_steps': 20}
 ATP_TRAINING = {
     'prune_after': prune_after_for(NUM_LAYERS),
     # Departures from AtpConfig's defaults that a short training needs: the
@@ -68,8 +74,14 @@ ATP_TRAINING = {
     'init_theta_r': 0.3}
 
 
+def _resampler(kind: str, num_tokens: int) -> dict:
+  return _model(resampler=kind, num_query_tokens=num_tokens)
+
+
 def get_config(stage: str = 'instruct') -> ConfigDict:
-  """The config of a stage: align, instruct, voco8, voco1 or atp."""
+  """The config of one of STAGES or, for the sweep of configs/sweeps.py, of voco2,
+  qformer8, pool8 and pool16.
+  """
   model, rows, train = {
       'align': (_model(**_voco(8)),
                 # captions only, as LLaVA's first stage; the decoder is still
@@ -93,10 +105,20 @@ def get_config(stage: str = 'instruct') -> ConfigDict:
                 {'num_voco_tokens': (1,), **VOCO_ROWS},
                 {'stage': 'voco', 'steps': 200, 'learning_rate': 2e-3,
                  'warmup_steps': 20}),
+      'voco2': (_model(**_voco(2)),
+                {'num_voco_tokens': (2,), **VOCO_ROWS},
+                {'stage': 'voco', 'steps': 450, 'learning_rate': 2e-3,
+                 'warmup_steps': 20}),
+      'qformer8': (_resampler('qformer', 8), BASELINE_ROWS, BASELINE_TRAIN),
+      'pool8': (_resampler('avg_pool_linear', 8), BASELINE_ROWS, BASELINE_TRAIN),
       'atp': (_model(atp={'target_tokens': ATP_TARGET, **ATP_TRAINING}),
               {'one_turn': True, 'length': 82, 'kinds': ATP_KINDS},
-              {'stage': 'atp', 'steps': 350, 'batch_size': 32,
-               'learning_rate': 1.5e-3, 'warmup_steps': 20}),
+              {'stage': 'atp', **ATP_TRAIN}),
+      # trained as ATP is
+      'pool16': (_resampler('avg_pool_linear', 16),
+                 {'num_voco_tokens': (0,), 'one_turn': True, 'length': 34,
+                  'kinds': ATP_KINDS},
+                 {'stage': 'instruct', **ATP_TRAIN}),
   }[stage]
   return ConfigDict({
       'model': model,

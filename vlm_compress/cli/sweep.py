@@ -26,19 +26,22 @@ from rich.console import Console
 
 from vlm_compress import atomic
 from vlm_compress.asking import Checkpoint
-from vlm_compress.cli import benchmark_run, calibrate, distributed
+from vlm_compress.cli import benchmark_run, calibrate, distributed, sweep_times
 from vlm_compress.cli.arguments import Parser
 from vlm_compress.cli.benchmark_run import Job
 from vlm_compress.cli.quickstart import versions
 from vlm_compress.cli.train import load_page, override
 from vlm_compress.cli.workspace import Message
 from vlm_compress.config import ConfigError, check, check_whole
+from vlm_compress.config_values import to_dict
 from vlm_compress.convert.files import load_config
+from vlm_compress.data.errors import DataError
 from vlm_compress.eval import runs, sweep_report, sweep_rows, sweep_table
-from vlm_compress.eval.report import print_table
+from vlm_compress.eval.benchmarks.question import QuestionSet
+from vlm_compress.eval.report import print_sections
 from vlm_compress.eval.result_schema import SCHEMA
 from vlm_compress.eval.sweep_plan import Cell, plan
-from vlm_compress.eval.tables import checked_sections
+from vlm_compress.eval.sweep_tables import benches
 
 ROWS, ERROR = 'rows.json', 'error.txt'
 
@@ -87,7 +90,9 @@ def main(argv: list[str]) -> int:
   # Others' cells may have been there before: they are looked at, too.
   runner.run_all([c for c in cells if c not in cells[::count]
                   and not has_failed(args.out, c)])
-  return finish(args.out, cells, page.base, args.allow_partial or page.allow_partial, say)
+  problem = runner.try_to_time(cells) if page.get('time_repeats', 0) else None
+  return finish(args.out, cells, page.base, args.allow_partial or page.allow_partial, say,
+                problem)
 
 
 def cells_of(page: ConfigDict, say: Message) -> list[Cell]:
@@ -105,6 +110,7 @@ def cells_of(page: ConfigDict, say: Message) -> list[Cell]:
           'method, (budget, ...))')
   check_whole('limit', page.limit, 0)
   check_whole('shards', page.shards, 1)
+  check_whole('time_repeats', page.get('time_repeats', 0), 0)
   for name in page.benchmarks:
     check(name.partition(':')[0] in runs.BENCHMARKS, f'benchmarks: {name!r} is unknown; '
           f'use one of {", ".join(sorted(runs.BENCHMARKS))}')
@@ -160,18 +166,63 @@ class Runner:
 
   def run(self, cell: Cell) -> None:
     """Runs one cell."""
-    page = self.page
-    shift = None
-    if cell.method == 'atp' and cell.budget is not None:
-      shift = self._shift(cell)
-    job = Job(cell.method, cell.budget, cell.prune_after or None, shift, None, cell.seed,
-              page.limit or None, page.shards, page.batch_size, None, page.allow_partial)
-    if cell.benchmark not in self._questions:
-      self._questions[cell.benchmark] = benchmark_run.read(
-          cell.benchmark, pathlib.Path(page.benchmarks[cell.benchmark]), job)
-    questions, total, split = self._questions[cell.benchmark]
+    job = self._job(cell)
+    questions, total, split = self._read(cell, job)
     benchmark_run.run(home(self.out, cell), self._checkpoint(cell), questions, total,
                       split, job, self.say)
+
+  def _job(self, cell: Cell) -> Job:
+    page, shift = self.page, None
+    if cell.method == 'atp' and cell.budget is not None:
+      shift = self._shift(cell)
+    return Job(cell.method, cell.budget, cell.prune_after or None, shift, None, cell.seed,
+               page.limit or None, page.shards, page.batch_size, None, page.allow_partial)
+
+  def _read(self, cell: Cell, job: Job) -> tuple[QuestionSet, int, str]:
+    if cell.benchmark not in self._questions:
+      self._questions[cell.benchmark] = benchmark_run.read(
+          cell.benchmark, pathlib.Path(self.page.benchmarks[cell.benchmark]), job)
+    return self._questions[cell.benchmark]
+
+  def try_to_time(self, cells: Sequence[Cell]) -> str | None:
+    """`measure_times`; the traceback if that fails, which costs no answers."""
+    try:
+      self.measure_times(cells)
+      return None
+    except Exception as error:  # as in run_all
+      self.say(f'times were not measured: {" ".join(str(error).split())[:300]}')
+      return traceback.format_exc()
+
+  def measure_times(self, cells: Sequence[Cell]) -> None:
+    """Times the first seed's cells, those of a benchmark in turn (sweep_times.py).
+
+    All checkpoints are in memory together.
+    """
+    page, seed = self.page, self.page.seeds[0]
+    kept: dict[pathlib.Path, Checkpoint] = {}
+    times: dict[str, Any] = {}
+    lines: dict[str, list[sweep_times.Line]] = {}
+    for cell in cells:
+      if cell.seed != seed or has_failed(self.out, cell):
+        continue
+      path, job = path_of(page.checkpoints[cell.checkpoint], seed), self._job(cell)
+      if path not in kept:
+        kept[path] = self._checkpoint(cell)
+      _, method = benchmark_run.resolved(kept[path], job)
+      lines.setdefault(cell.benchmark, []).append(sweep_times.Line(
+          cell.line, kept[path].replicas[0].running(method.config), method.runs_as,
+          f'{kept[path].fingerprint} {json.dumps(to_dict(method.config), sort_keys=True)}'))
+    known = sweep_times.key([line for some in lines.values() for line in some],
+                            page.batch_size, page.time_repeats)
+    if sweep_times.read(self.out, known) is not None:
+      return
+    for name, some in lines.items():
+      full = next((c.line for c in cells if (c.checkpoint, c.method, c.benchmark) == (
+          page.base, 'full', name)), '')
+      if any(line.name == full for line in some):
+        times |= sweep_times.measure(some, full, self._questions[name][0],
+                                     page.batch_size, page.time_repeats, self.say)
+    sweep_times.write(self.out, known, times)
 
   def _checkpoint(self, cell: Cell) -> Checkpoint:
     path = path_of(self.page.checkpoints[cell.checkpoint], cell.seed)
@@ -206,8 +257,14 @@ class Runner:
 
 
 def finish(out: pathlib.Path, cells: Sequence[Cell], base: str, allow_partial: bool,
-           say: Message) -> int:
+           say: Message, times_failed: str | None = None) -> int:
   """Writes rows.json, and the tables if they have their floors.
+
+  Args:
+    out, cells, base: of the sweep.
+    allow_partial: see `tables`.
+    say: called with lines.
+    times_failed: traceback of what kept times from being measured.
 
   Returns:
     The exit code: 1 if a cell failed.
@@ -215,10 +272,18 @@ def finish(out: pathlib.Path, cells: Sequence[Cell], base: str, allow_partial: b
   Raises:
     ConfigError: floors are missing and no cell failed that would say why.
   """
+  found: dict[Cell, runs.Run] = {}
+  for cell in cells:
+    try:
+      if not has_failed(out, cell):
+        found[cell] = runs.load(home(out, cell))
+    except (ConfigError, DataError):  # a file of a finished run is damaged
+      atomic.write_text(home(out, cell) / ERROR, traceback.format_exc())
   failed = [{'cell': c.name, 'error': (home(out, c) / ERROR).read_text()}
             for c in cells if has_failed(out, c)]
-  rows = sweep_rows.rows({c: runs.load(home(out, c)) for c in cells
-                          if not has_failed(out, c)}, base)
+  rows = sweep_rows.rows(found, base, sweep_times.read(out) or {})
+  if times_failed:
+    failed.append({'cell': sweep_times.TIMES, 'error': times_failed})
   content = {'schema': SCHEMA, 'rows': rows, 'failed': failed, 'versions': versions(),
              'missing': [one['cell'] for one in failed], 'partial': bool(failed) or any(
                  row['partial'] for row in rows)}
@@ -242,20 +307,12 @@ def tables(out: pathlib.Path, rows: Sequence[dict[str, Any]], allow_partial: boo
   Raises:
     ConfigError: a compressed method's floors are missing; nothing is printed then.
   """
-  groups: dict[str, list] = {}
-  for row in rows:
-    # Seeds are joined, and nothing else: random tokens cut elsewhere are others.
-    row = {**row, 'line': row['cell'].rpartition('--')[0],
-           'placement': sweep_report.placement(out, row)}
-    key = f'{row["benchmark"]}:{row["split"]}' if row['split'] else row['benchmark']
-    groups.setdefault(key, []).append(row)
-  for some in groups.values():  # before anything is printed
-    checked_sections(some, allow_partial)
-  for key, some in groups.items():
-    n, total = some[0]['n'], some[0]['n_benchmark']
-    print(f'{key}: {some[0]["metric"]}, n = {n:,}' +
-          (f' of {total:,} questions, partial' if some[0]['partial'] else ''))
-    print_table(some, allow_partial=allow_partial)
+  placed = [{**row, 'placement': sweep_report.placement(out, row)} for row in rows]
+  for bench in benches(placed, allow_partial):  # refuses before anything is printed
+    n = bench.entries[0].n
+    print(f'{bench.name}: {bench.metric}, n = {n:,}' + (
+        f'; {bench.asked}' if bench.partial else ''))
+    print_sections(bench.parts, bench.problems)
   for path in sweep_table.write(out, rows):
     print(f'table: {path}')
   print(f'report: {sweep_report.write_report(out, allow_partial=allow_partial)["html"]}')

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_compress.eval import blocks, figures, html_parts, tables
+from vlm_compress.eval import blocks, figures, floors, html_parts, tables
 from vlm_compress.eval import page as page_lib
 
 
@@ -17,7 +17,7 @@ def render(page: page_lib.Page) -> str:
   body = [html_parts.alert(blocks.Alert(
       'Partial table.', 'It must not be read as a comparison:',
       [f'{line}.' for line in page.missing]))] if page.missing else []
-  body += [html_parts.bullets(tables.findings(page.parts)),
+  body += [html_parts.bullets(floors.findings(page.parts)),
            html_parts.figure(page.accuracy_url, 'Accuracy against visual tokens. Bars '
                              'are 95 % intervals; markers of one budget are set apart '
                              'a little. Hollow markers: training-free.'),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vlm_compress.eval import blocks, tables
+from vlm_compress.eval import blocks, floors, tables
 from vlm_compress.eval import page as page_lib
 from vlm_compress.eval.markdown_parts import rows as _md_table
 from vlm_compress.eval.markdown_parts import text as _md
@@ -15,7 +15,7 @@ def render(page: page_lib.Page) -> str:
   """The Markdown text."""
   lines = [f'# {page_lib.TITLE}', '']
   lines += [f'**PARTIAL TABLE:** {_md(line)}.\n' for line in page.missing]
-  lines += [f'- {_md(line)}' for line in tables.findings(page.parts)]
+  lines += [f'- {_md(line)}' for line in floors.findings(page.parts)]
   rows = []
   full = tables.full_tokens(page.parts)
   for part in page.parts:

@@ -14,11 +14,12 @@ import dataclasses
 from collections.abc import Callable
 
 from vlm_compress.compress.baselines import budget as peers
-from vlm_compress.config import AtpConfig, LlavaConfig, check
+from vlm_compress.config import LlavaConfig, check
 from vlm_compress.eval.calibration import check_dial, check_target
 
-FLOORS = ('random', 'uniform', 'avg_pool')
-PEERS = tuple(name for name in peers.TRAINING_FREE if name not in FLOORS)
+FLOORS = ('random', 'uniform', 'avg_pool', 'downsample')
+# VoCo-LLaMA's baselines (Table 1): a checkpoint each, trained at one count.
+RESAMPLERS = ('qformer', 'avg_pool_linear')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,10 @@ def label(config: LlavaConfig) -> str:
 
 def _full(base, budget, prune_after):
   check(budget is None, f'method full has no budget, but {budget} was asked for')
-  tokens = float(base.num_query_tokens) if base.resampler != 'none' else None
+  check(base.resampler == 'none', f'the model has resampler={base.resampler!r} and '
+        'reads fewer visual tokens; there is no full model in it')
   plain = _plain(base)
-  return MethodConfig(label(plain), plain, 'full', True, tokens)
+  return MethodConfig(label(plain), plain, 'full', True, None)
 
 
 def _with_voco(name: str, runs_as: str, trained: bool) -> Callable:
@@ -112,31 +114,24 @@ def _atp(base, budget, prune_after):
                       needs_shift=budget is not None)
 
 
-def _selection(selector: str) -> Callable:
+def _resampler(kind: str) -> Callable:
+  """What is trained with a resampler of its own."""
   def build(base, budget, prune_after):
-    check(budget is not None, f'method {selector} needs a budget of visual tokens')
-    check(base.resampler == 'none', f'method {selector} needs the full grid of visual '
-          f'tokens; the model has resampler={base.resampler!r}')
-    places = prune_after or (0,)
-    counts = cut_counts(base, budget, places)
-    # A base config may come from an ATP model, whose other fields do not matter here.
-    config = _plain(base, atp=AtpConfig(
-        selector=selector, prune_after=places, fixed_counts=counts,
-        target_tokens=float(budget)))
-    return MethodConfig(label(config), config, 'atp', False, float(budget))
+    check(base.resampler == kind, f'method {kind}: the model was not trained with it '
+          f'(resampler={base.resampler!r}); name one that was')
+    count = float(base.num_query_tokens)
+    check(budget in (None, count), f'method {kind}: the model has {count:g} visual tokens '
+          f'for an image and can have no other number; {budget} were asked for')
+    plain = _plain(base)
+    return MethodConfig(label(plain), plain, 'full', True, count)
   return build
-
-
-def _avg_pool(base, budget, prune_after):
-  check(budget is not None, 'method avg_pool needs a budget of visual tokens')
-  count = peers.pooling_count(budget)
-  config = _plain(base, resampler='avg_pool', num_query_tokens=count)
-  return MethodConfig(label(config), config, 'full', False, float(count))
 
 
 def _peer(name: str) -> Callable:
   def build(base, budget, prune_after):
     check(budget is not None, f'method {name} needs a budget of visual tokens')
+    check(base.resampler == 'none', f'method {name} needs the full grid of visual '
+          f'tokens; the model has resampler={base.resampler!r}')
     config = peers.at_budget(base, name, budget, prune_after=prune_after or ())
     runs_as = 'full' if config.atp is None else 'atp'
     return MethodConfig(label(config), config, runs_as, False, float(budget))
@@ -149,12 +144,10 @@ METHODS: dict[str, Callable[..., MethodConfig]] = {
     'lower_bound': _with_voco('lower bound (LB)', 'voco', False),
     'upper_bound': _with_voco('upper bound (UB)', 'upper_bound', True),
     'atp': _atp,
-    'random': _selection('random'),
-    'uniform': _selection('uniform'),
-    'avg_pool': _avg_pool,
-    **{name: _peer(name) for name in PEERS},
+    **{name: _resampler(name) for name in RESAMPLERS},
+    **{name: _peer(name) for name in peers.TRAINING_FREE},
 }
-# What a checkpoint of a method is compared with comes from another checkpoint.
+# What needs no floors beside it.
 OF_BASE = ('full', 'lower_bound', 'upper_bound', *FLOORS)
 
 
@@ -163,39 +156,3 @@ def with_shift(method: MethodConfig, shift: float) -> MethodConfig:
   atp = dataclasses.replace(method.config.atp, threshold_shift=shift)
   return dataclasses.replace(method, needs_shift=False, config=dataclasses.replace(
       method.config, atp=atp))
-
-
-def cut_counts(config: LlavaConfig, budget: float, prune_after: tuple[int, ...]
-               ) -> tuple[int, ...]:
-  """Tokens kept at each of several cuts whose layer average is nearest to the budget.
-
-  Every cut leaves the same share of the tokens in front of it (ours; ATP-LLaVA
-  says only where its modules are).  The last count takes up what rounding leaves.
-
-  Args:
-    config: gives P and the number of layers.
-    budget: layer average.
-    prune_after: layers behind which tokens are cut; 0 is in front of all.
-
-  Raises:
-    ConfigError: the budget lies below what the first cut allows.
-  """
-  P, M = config.num_patches, config.text.num_hidden_layers
-  spans = [b - a for a, b in zip(prune_after, (*prune_after[1:], M))]
-  least = (prune_after[0] * P + M - prune_after[0]) / M
-  # Peers that cut there are allowed to miss a budget by as much.
-  check(budget >= least * (1 - peers.TOLERANCE), f'a budget of {budget:g} tokens '
-        'cannot be reached by cuts after '
-        f'layers {prune_after} of {M}: the least is {least:g}')
-  average = lambda counts: (prune_after[0] * P + sum(
-      s * c for s, c in zip(spans, counts))) / M
-  low, high = 0.0, 1.0
-  for _ in range(60):
-    share = (low + high) / 2
-    low, high = ((share, high) if average([max(1.0, P * share ** (i + 1)) for i in range(
-        len(spans))]) < budget else (low, share))
-  counts = [max(1, round(P * high ** (i + 1))) for i in range(len(spans))]
-  before = counts[-2] if len(counts) > 1 else P
-  wanted = (budget * M - M * average([*counts[:-1], 0])) / spans[-1]
-  counts[-1] = min(max(1, round(wanted)), before)
-  return tuple(counts)

@@ -26,6 +26,7 @@ from vlm_compress.config import ConfigError, check
 from vlm_compress.eval import (
   blocks,
   figures,
+  floors,
   html_page,
   html_parts,
   markdown_page,
@@ -65,7 +66,7 @@ def write_report(report: Mapping[str, Any], workdir: str | os.PathLike[str], *,
     ConfigError: a row that cannot be, missing floors, pictures without
       attribution, or a value that JSON cannot hold.
   """
-  parts, missing = tables.checked_sections(report.get('rows') or (),
+  parts, missing = floors.checked_sections(report.get('rows') or (),
                                            allow_partial)
   check(not report.get('examples') or
         bool((report.get('attribution') or '').strip()),
@@ -181,7 +182,12 @@ def _json(report: Mapping[str, Any]) -> str:
 def print_table(rows: Sequence[tables.Row], *, allow_partial: bool = False,
                 file: TextIO | None = None) -> None:
   """Prints the comparison: in colour on a terminal, else as aligned text."""
-  parts, missing = tables.checked_sections(rows, allow_partial)
+  print_sections(*floors.checked_sections(rows, allow_partial), file=file)
+
+
+def print_sections(parts: Sequence[tables.Section], missing: Sequence[str], *,
+                   file: TextIO | None = None) -> None:
+  """`print_table` of sections that were checked."""
   file = sys.stdout if file is None else file
   show = _Printer(file)
   columns = list(range(len(tables.COLUMNS)))
@@ -195,7 +201,7 @@ def print_table(rows: Sequence[tables.Row], *, allow_partial: bool = False,
     show(text, style)
   for line in missing:
     show(f'PARTIAL TABLE: {line}.', 'bold red')
-  for line in tables.findings(parts):
+  for line in floors.findings(parts):
     show(line, '')
 
 

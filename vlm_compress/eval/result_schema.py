@@ -43,7 +43,8 @@ result.json (RESULT) and a sweep's row (ROW) share these fields:
   metric, value, value_ci95, scale   the headline as tables quote it ('GQA
                  accuracy', 61.9, [..], '0-100'); scale_max: 100 or MME's 2000
   accuracy, ci95 value and interval as shares of scale_max
-  n, n_benchmark questions scored, questions there are; partial: some left out
+  n, n_asked, n_benchmark   questions the value is over, questions asked, questions
+                 there are; partial: some left out
   by_kind        {'structural: verify': {'accuracy', 'ci95', 'n'}}
   method         as eval/tables.py names it: 'full', 'VoCo', 'ATP', 'random',
                  'uniform grid', 'average pooling', 'lower bound (LB)', ...
@@ -70,6 +71,9 @@ A sweep directory (`vlm-compress sweep --out SWEEP`):
                  joined by '--'; error.txt has the traceback of one that crashed
   rows.json      {'schema', 'rows': [ROW], 'failed': [{'cell', 'error'}],
                  'missing': [cell], 'partial': bool}
+  times.json     {'key', 'lines': {line: {'seconds', 'ratio', 'rounds', 'questions'}}}:
+                 seconds of a question to its first token, measured in turn, and the
+                 ratio to the full model; see cli/sweep_times.py
   table.csv, table.parquet   ROW's flat fields (TABLE), a line per row
 
 ROW adds:
@@ -80,7 +84,10 @@ ROW adds:
                  bounds or their gap lies within noise
   agreement, agreement_ci95   share of questions answered as the full model did
   differences    {'random (training-free)': {'mean', 'ci95'}}: paired, in shares,
-                 to the floors of the same budget, benchmark and checkpoint
+                 to the floors of the same budget and benchmark: those in front of all
+                 layers, and 'random, at its cuts (training-free)'
+  line           the same in cells that differ in the seed only
+  first_token_seconds, first_token_ratio   of times.json, null if not measured
   correct        '0110...', in the order of answers.jsonl; only where all scores
                  are 0 or 1
 """
@@ -92,25 +99,25 @@ from typing import Any
 
 from vlm_compress.config import check
 
-SCHEMA = 1
+SCHEMA = 2
 
 ANSWER = ('question_id', 'prediction', 'answer_tokens', 'ended', 'visual_tokens',
           'text_tokens', 'prompt_tokens', 'latency_seconds', 'latency_rows',
           'compiled', 'shard')
 RESULT = ('benchmark', 'split', 'rule', 'metric', 'value', 'value_ci95', 'scale',
-          'scale_max', 'accuracy', 'ci95', 'n', 'n_benchmark', 'partial', 'by_kind',
+          'scale_max', 'accuracy', 'ci95', 'n', 'n_asked', 'n_benchmark', 'partial', 'by_kind',
           'method', 'method_key', 'trained', 'budget', 'seed', 'input_visual_tokens',
           'layer_average_tokens', 'prefill_flops', 'prefill_flops_dense',
           'vision_flops', 'projector_flops', 'selector_flops', 'kv_bytes',
           'latency_seconds', 'latency_n', 'generated_tokens')
 ROW = ('cell', 'checkpoint', *RESULT, 'ratio_to_full', 'retention', 'agreement',
-       'agreement_ci95', 'differences')
+       'agreement_ci95', 'differences', 'line', 'first_token_seconds', 'first_token_ratio')
 # Of ROW, what table.csv and table.parquet have as columns.
 TABLE = ('cell', 'benchmark', 'split', 'checkpoint', 'method', 'method_key', 'trained',
          'budget', 'seed', 'metric', 'value', 'value_low', 'value_high', 'accuracy', 'n',
-         'n_benchmark', 'partial', 'ratio_to_full', 'retention', 'agreement',
+         'n_asked', 'n_benchmark', 'partial', 'ratio_to_full', 'retention', 'agreement',
          'input_visual_tokens', 'layer_average_tokens', 'prefill_flops', 'kv_bytes',
-         'latency_seconds')
+         'first_token_seconds', 'first_token_ratio')
 
 
 def check_fields(values: Mapping[str, Any], fields: Sequence[str], where: str) -> None:

@@ -106,7 +106,8 @@ def finish(run: pathlib.Path, questions: QuestionSet, rows: Mapping[str, dict],
                  'vlm-compress score --submission')
   result = {**about, 'benchmark': questions.benchmark, 'method': method.label,
             'trained': method.trained, 'budget': method.budget, 'partial': partial,
-            'n_benchmark': total, **numbers(scores, len(full)),
+            'n_asked': len(questions.questions), 'n_benchmark': total,
+            **numbers(scores, len(full)),
             **costs(method, full), 'notes': notes}
   check_fields(result, RESULT, 'result')
   atomic.write_text(run / RESULTS, json.dumps(result, indent=1) + '\n')

@@ -18,16 +18,16 @@ _WIDTH = 12  # letters of a column's name in a line
 
 def has_latency(bench: Bench) -> bool:
   """Whether a time was measured for two lines or more."""
-  return sum(mean(e, 'latency_seconds') is not None for e in bench.entries) > 1
+  return sum(mean(e, 'first_token_seconds') is not None for e in bench.entries) > 1
 
 
 def draw_latency(figure: Any, bench: Bench) -> None:
-  """Value against the median seconds per question, which start at 0."""
+  """Value against the time to the first token, which starts at 0."""
   ax = figure.subplots()
   series: dict[Any, list[tuple[tables.Entry, float]]] = {}
   longest = 0.0
   for entry in bench.entries:
-    seconds = mean(entry, 'latency_seconds')
+    seconds = mean(entry, 'first_token_seconds')
     if seconds is None:
       continue
     longest = max(longest, seconds)
@@ -37,7 +37,7 @@ def draw_latency(figure: Any, bench: Bench) -> None:
       series.setdefault(figures.series_of(entry), []).append((entry, seconds))
   figures.draw_all_series(ax, series, figures.method_colours(bench.parts), bench.most)
   ax.set_xlim(0, 1.08 * longest)
-  figures.style_axes(ax, 'median seconds per question, on this machine', bench.metric)
+  figures.style_axes(ax, 'seconds of a question to the first token, on this machine', bench.metric)
   figures.legend_below(figure, ax)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlm_compress.data import images
-from vlm_compress.eval import blocks, example_log, report, sweep_figures, tables
+from vlm_compress.eval import blocks, example_log, floors, report, sweep_figures, tables
 from vlm_compress.eval import page as page_lib
 from vlm_compress.eval import sweep_tables as st
 
@@ -69,16 +69,11 @@ def _alerts(found: Sequence[st.Bench], content: Mapping[str, Any]) -> list[Any]:
   if gone:
     out.append(blocks.Alert('Missing runs.', f'{len(gone)} were not finished:',
                             sorted(gone)))
-  some = [f'{bench.name}: {_partly(bench)}' for bench in found if bench.partial]
+  some = [f'{bench.name}: {bench.asked}.' for bench in found if bench.partial]
   if some:
     out.append(blocks.Alert('Part of the questions.', 'Numbers are of these only, and no '
                             'results of the benchmark:', some))
   return out
-
-
-def _partly(bench: st.Bench) -> str:
-  counts = sorted({row['n'] for entry in bench.entries for row in entry.rows})
-  return f'{" / ".join(f"{n:,}" for n in counts)} of {bench.n_benchmark:,} questions.'
 
 
 def _last_line(error: str) -> str:
@@ -96,7 +91,7 @@ def _summary(found: Sequence[st.Bench], content: Mapping[str, Any]) -> str:
 def _bench(bench: st.Bench) -> list[Any]:
   """A benchmark's tables and figures."""
   out: list[Any] = [
-      blocks.Bullets(tables.findings(bench.parts, bench.metric, bench.most, bench.show)),
+      blocks.Bullets(floors.findings(bench.parts, bench.metric, bench.most, bench.show)),
       st.main_table(bench)]
   gaps = st.difference_table(bench)
   if gaps is not None:
@@ -128,9 +123,10 @@ def _latency(bench: st.Bench) -> blocks.Figure:
   sweep_figures.draw_latency(figure, bench)
   return blocks.Figure(
       f'{bench.stem}-latency', report.png(figure),
-      f'{bench.metric} against measured time: the median over questions that compiled '
-      'nothing. Bars are 95 % intervals of the value. Lines join the budgets of a method.',
-      f'{bench.metric} against median seconds per question, a line per method; the '
+      f'{bench.metric} against measured time: seconds of a question to its first token, '
+      'without the vision tower, all methods in turn. Bars are 95 % intervals of the value. '
+      'Lines join the budgets of a method.',
+      f'{bench.metric} against seconds to the first token, a line per method; the '
       'numbers are in the table above.')
 
 

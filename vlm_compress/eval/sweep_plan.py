@@ -1,9 +1,10 @@
 """Which runs a sweep has: what is asked for, and what that must stand beside.
 
-For every compressed method at a budget come random, uniform grid and average
-pooling at that budget, cut where the method cuts; for VoCo its two bounds; and
-the full model for each benchmark.  They are runs of the base checkpoint, and
-equal ones are planned once.
+For every compressed method at a budget come the floors at that budget: random
+tokens and a uniform grid, cut in front of all layers and, for a method that cuts
+deeper, also where it cuts; average pooling and a smaller picture; for VoCo its two
+bounds; and the full model for each benchmark.  They are runs of the base
+checkpoint, and equal ones are planned once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from vlm_compress.compress.baselines.budget import ANYWHERE
 from vlm_compress.config import LlavaConfig, check
 from vlm_compress.eval import methods
 
@@ -39,10 +41,15 @@ class Cell:
   @property
   def name(self) -> str:
     """Of its directory."""
+    return f'{self.line}--{self.seed}'
+
+  @property
+  def line(self) -> str:
+    """The same for cells that differ in the seed only."""
     places = '@' + ','.join(map(str, self.prune_after)) if self.prune_after else ''
     budget = 'all' if self.budget is None else f'{self.budget:g}'
     return '--'.join([self.checkpoint, self.method + places, budget,
-                      self.benchmark.replace(':', '_').replace('/', '_'), str(self.seed)])
+                      self.benchmark.replace(':', '_').replace('/', '_')])
 
 
 def is_compressed(method: str) -> bool:
@@ -99,10 +106,17 @@ def plan(configs: Mapping[tuple[str, int], LlavaConfig], wanted: Wanted,
 
 def beside(made: methods.MethodConfig, method: str, base: LlavaConfig
            ) -> list[tuple[str, tuple[int, ...]]]:
-  """(method, prune_after) of the floors and bounds of a compressed method."""
-  places = () if made.config.atp is None else made.config.atp.prune_after
-  places = () if places == (0,) else tuple(places)
-  out = [(floor, () if floor == 'avg_pool' else places) for floor in methods.FLOORS]
+  """(method, prune_after) of the floors and bounds of a compressed method.
+
+  A floor at the method's own place has read all tokens as long as the method has;
+  one in front of all layers may spend its whole budget on tokens that stay.  Which
+  is better depends on the model, so a method must stand beside both.
+  """
+  places = [()]
+  if made.config.atp is not None and made.config.atp.prune_after != (0,):
+    places.append(tuple(made.config.atp.prune_after))
+  out = [(floor, place) for floor in methods.FLOORS for place in places
+         if floor in ANYWHERE or not place]
   if method == 'voco' and base.voco is not None:
     out += [('lower_bound', ()), ('upper_bound', ())]
   return out

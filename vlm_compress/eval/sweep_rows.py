@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 
 from vlm_compress.config import ConfigError
-from vlm_compress.eval import intervals, methods, scoring
+from vlm_compress.eval import floors, intervals, methods, scoring
 from vlm_compress.eval.result_schema import RESULT, ROW, check_fields
 from vlm_compress.eval.runs import Run
 from vlm_compress.eval.sweep_plan import Cell, is_compressed
 from vlm_compress.eval.tables import same_budget
 
+TRAINED_FLOOR = 'avg_pool_linear'
 _KEPT = (*RESULT, 'kept_per_layer', 'kept_std_per_layer', 'module_counts', 'rule')
 
 
-def rows(runs: Mapping[Cell, Run], base: str) -> list[dict[str, Any]]:
+def rows(runs: Mapping[Cell, Run], base: str,
+         times: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
   """A row for every run that could be scored.
 
   Args:
     runs: the finished runs of a sweep.
     base: name of the checkpoint that the full model and bounds are runs of.
+    times: {line: {'seconds', 'ratio'}}, measured on one seed.
   """
   out = []
   for cell, run in runs.items():
@@ -33,7 +36,10 @@ def rows(runs: Mapping[Cell, Run], base: str) -> list[dict[str, Any]]:
     row = {'cell': cell.name, 'checkpoint': cell.checkpoint,
            **{name: run.result[name] for name in _KEPT if name in run.result},
            'ratio_to_full': None, 'retention': None, 'agreement': None,
-           'agreement_ci95': None, 'differences': {}}
+           'agreement_ci95': None, 'differences': {}, 'line': cell.line}
+    time = (times or {}).get(cell.line, {})
+    row.update(first_token_seconds=time.get('seconds'),
+               first_token_ratio=time.get('ratio'))
     row['seed'] = cell.seed
     full = find(runs, cell, base, 'full', None)
     if full is not None:
@@ -79,7 +85,8 @@ def _retention(runs: Mapping[Cell, Run], cell: Cell, base: str,
 
 
 def _differences(runs: Mapping[Cell, Run], cell: Cell, run: Run) -> dict[str, Any]:
-  """Paired, to the floors of the budget that cut where the method cuts.
+  """Paired, to the budget's floors that cut in front of all layers or where the
+  method cuts, and to one that was trained.
 
   Over a floor's seeds the mean, and the outermost ends of the intervals.
   """
@@ -87,13 +94,16 @@ def _differences(runs: Mapping[Cell, Run], cell: Cell, run: Run) -> dict[str, An
   own = tuple((run.config['model']['atp'] or {}).get('prune_after', ()))
   own = () if own == (0,) else own  # in front of all layers
   for other, floor in runs.items():
-    if other.method in methods.FLOORS and other.benchmark == cell.benchmark and (
-        other.budget == run.result['budget']) and (
-            other.prune_after == own or other.method == 'avg_pool'):
-      near = same_budget(*[r.result['layer_average_tokens'] for r in (run, floor)])
-      gap = _compared(intervals.difference, run, floor) if near else None
+    if other.method in (*methods.FLOORS, TRAINED_FLOOR) and other != cell and (
+        other.benchmark, floor.result['budget']) == (
+            cell.benchmark, run.result['budget']) and other.prune_after in ((), own):
+      mine, its = (r.result['layer_average_tokens'] for r in (run, floor))
+      gap = _compared(intervals.difference, run, floor) if (
+          same_budget(mine, its) or its > mine) else None
       if gap is not None:
-        gaps.setdefault(f'{floor.result["method"]} (training-free)', []).append(gap)
+        name = floors.floor_name(floor.result['method'], other.prune_after,
+                                 floor.result['trained'])
+        gaps.setdefault(name, []).append(gap)
   return {name: {'mean': float(np.mean([gap.mean for gap in some])),
                  'ci95': [min(gap.ci95[0] for gap in some),
                           max(gap.ci95[1] for gap in some)]}

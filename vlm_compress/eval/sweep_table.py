@@ -14,7 +14,7 @@ from vlm_compress.eval.sweep_rows import flat
 
 # Columns that are no float64.
 _TEXTS = ('cell', 'benchmark', 'split', 'checkpoint', 'method', 'method_key', 'metric')
-_WHOLE, _FLAGS = ('seed', 'n', 'n_benchmark'), ('trained', 'partial')
+_WHOLE, _FLAGS = ('seed', 'n', 'n_asked', 'n_benchmark'), ('trained', 'partial')
 
 
 def write(directory: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> list[pathlib.Path]:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_compress.config import ConfigError
-from vlm_compress.eval import blocks, figures, tables
+from vlm_compress.eval import blocks, figures, floors, tables
 
 Row = Mapping[str, Any]
 
-COLUMNS = ('method', 'tokens avg', 'tokens in', 'prefill', 'KV cache', 's / question',
+COLUMNS = ('method', 'tokens avg', 'tokens in', 'prefill', 'KV cache', 'first token',
            'value, 95 % interval', 'of full', 'retention', 'agrees with full', 'n', 'seeds')
 HOW_TO_READ = (
     'Values are in the scale named above each table, with 95 % bootstrap intervals that '
@@ -25,20 +25,24 @@ HOW_TO_READ = (
     'that enter the first; prefill counts the language model, 2 FLOPs for a multiply-add, '
     'and is a mean over questions, as is the KV cache. “Tokens in” of VoCo are '
     'what text reads; its prefill counts the compression of all visual tokens, too. '
-    '“s / question” is the median share of a question in its window’s time, where nothing '
-    'compiled. It compares no methods: a picture is encoded, and compressed by VoCo, once '
-    'for the questions about it, windows of methods that prune are longer, and answers '
-    'differ in length; vlm-compress benchmark measures time. “Of full” is the value '
+    '“First token” is the time of a question up to the first token of its answer, in one '
+    'batch of questions about different pictures, and its ratio to the full model: medians '
+    'of rounds in which all lines take turns in one process, on the first seed’s models. '
+    'It has compression and prefill, but not the vision tower, whose features are kept. '
+    'At equal tokens prefill is nearly equal, too; VoCo needs more than the full model '
+    'the first time, and what its row in the table says of the KV cache afterwards: at '
+    'its FLOPs, the full model is the floor. “Of full” is the value '
     'divided by the full model’s (ATP-LLaVA’s ratio); retention is (x − LB) / (UB − LB) '
     '(VoCo-LLaMA), left out where there are no bounds or their gap lies within noise; '
     '“agrees with full” is the share of questions answered as the full model did, right '
     'or wrong. n is the number of questions that the value is over. With several seeds '
     'all numbers are means over them, the interval reaches from the lowest end to the '
     'highest, and the last column has the lowest and highest value of a seed. Floors '
-    '(random tokens, a uniform grid, average pooling) need no method: a method is worth '
-    'what it adds to the best of them. Differences are to floors that cut where the method '
-    'cuts; one that cuts elsewhere may be better, and is named then. “Training-free” lines '
-    'use a decoder that was not '
+    '(random tokens, a uniform grid, average pooling, a smaller picture) need no method: a '
+    'method is worth what it adds to the best of them. Pooled and smaller pictures have few '
+    'sizes, the next that is not below the budget. Differences are to floors in front of '
+    'all layers and “at its cuts”, where the method cuts; a better one elsewhere, or one of '
+    'no more FLOPs, is named. “Training-free” lines use a decoder that was not '
     'trained under their selection.')
 
 
@@ -69,6 +73,13 @@ class Bench:
   def name(self) -> str:
     """'gqa', or 'vqav2, val'."""
     return self.key + (f', {self.split}' if self.split else '')
+
+  @property
+  def asked(self) -> str:
+    """'800 of 1,600 questions were asked'."""
+    counts = sorted({row['n_asked'] for entry in self.entries for row in entry.rows})
+    return (f'{" / ".join(f"{n:,}" for n in counts)} of {self.n_benchmark:,} questions '
+            'were asked')
 
   @property
   def stem(self) -> str:
@@ -110,7 +121,7 @@ def benches(rows: Sequence[Row], allow_partial: bool) -> list[Bench]:
     out.append(Bench(
         key, split, rule, first['metric'], first['scale'], float(first['scale_max']),
         first['n_benchmark'], any(row['partial'] for row in some), parts,
-        (*tables.problems(parts), *_other_scales(some))))
+        (*floors.problems(parts, tuple(tables.FLOORS)), *_other_scales(some))))
   found = [f'{bench.name}: {line}' for bench in out for line in bench.problems]
   if found and not allow_partial:
     raise ConfigError(
@@ -126,7 +137,7 @@ def _other_scales(rows: Sequence[Row]) -> list[str]:
 
 
 def _told_apart(rows: Sequence[Row]) -> list[dict[str, Any]]:
-  """Rows with `line` and `variant`: what tells lines of one method apart.
+  """Rows with `variant`: what tells lines of one method apart.
 
   That is the checkpoint, and where tokens are cut, and only where there are
   several in this table.
@@ -142,8 +153,7 @@ def _told_apart(rows: Sequence[Row]) -> list[dict[str, Any]]:
       places = row.get('placement', ())
       words.append(f'cut after {", ".join(map(str, places))}' if places else
                    'cut before layer 1')
-    out.append({**row, 'variant': '; '.join(words),
-                'line': row['cell'].rpartition('--')[0] or row['cell']})
+    out.append({**row, 'variant': '; '.join(words)})
   return out
 
 
@@ -166,20 +176,24 @@ def main_table(bench: Bench) -> blocks.Table:
 
 def cells(bench: Bench, entry: tables.Entry) -> tuple[blocks.Cell, ...]:
   """A line's cells, in the order of COLUMNS."""
-  seconds, same = mean(entry, 'latency_seconds'), mean(entry, 'agreement')
+  same = mean(entry, 'agreement')
   values = [row['value'] for row in entry.rows]
   return ((entry.name, tag(entry)), f'{entry.average_tokens:.1f}',
           f'{entry.input_tokens:.4g}', tables.quantity(entry.flops, 'FLOP'),
           tables.quantity(entry.kv_bytes, 'B'),
-          '–' if seconds is None else f'{seconds:.3g}',
+          _first_token(entry),
           (f'{sum(values) / len(values):.1f}', bench.interval(*entry.ci95)),
           '–' if entry.ratio is None else tables.percent(entry.ratio),
           '–' if entry.retention is None else f'{entry.retention:.3f}',
           '–' if same is None else (tables.percent(same), _agreement_interval(entry)),
-          (f'{entry.n:,}', f'of {bench.n_benchmark:,}' if any(
-              row['partial'] for row in entry.rows) else ''),
+          (f'{entry.n:,}', 'partial' if any(row['partial'] for row in entry.rows) else ''),
           str(len(values)) if len(values) == 1 else (
               str(len(values)), f'{min(values):.1f} – {max(values):.1f}'))
+
+
+def _first_token(entry: tables.Entry) -> blocks.Cell:
+  seconds, ratio = (mean(entry, f'first_token_{what}') for what in ('seconds', 'ratio'))
+  return '–' if seconds is None else (f'{1000 * seconds:.3g} ms', f'{ratio:.2f} × full')
 
 
 def _agreement_interval(entry: tables.Entry) -> str:
@@ -212,7 +226,7 @@ def difference_table(bench: Bench) -> blocks.Table | None:
   lines = []
   for part in bench.parts:
     for entry in part.of_role('method'):
-      found = [_difference(bench, tables.paired(entry, name)) for name in names]
+      found = [_difference(bench, floors.paired(entry, name)) for name in names]
       lines.append(blocks.Line((
           (entry.name, f'{entry.average_tokens:.3g} tokens'), *found), 'method'))
   if not names:

@@ -11,7 +11,8 @@ module_labels; differences, {floor: {'mean', 'ci95'}}, the paired difference to
 a floor of the same budget, where an untrained floor is named 'random
 (training-free)'.  Rows of a sweep besides: checkpoint; line, the same in rows
 that differ in the seed only; variant, what tells lines of one method apart;
-placement, the layers behind which tokens are cut.
+placement, the layers behind which tokens are cut; budget, the tokens that were
+asked for, which then makes the sections.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_compress.config import ConfigError, check
+from vlm_compress.config import check
 
 Row = Mapping[str, Any]
 
 REQUIRED = ('method', 'trained', 'input_visual_tokens', 'layer_average_tokens',
             'prefill_flops', 'kv_bytes', 'accuracy', 'ci95', 'by_kind', 'n',
             'ratio_to_full', 'retention', 'seed')
-# Floors that every budget needs -> names of methods that count as them.
+# Floors -> names of methods that count as them.
 FLOORS = {'random': ('random',), 'uniform grid': ('uniform grid',),
-          'average pooling': ('average pooling', 'average pooling + linear')}
+          'average pooling': ('average pooling', 'average pooling + linear'),
+          'image downsampling': ('image downsampling',)}
 REFERENCES = ('full', 'upper bound', 'question only', 'text only')
 BOUNDS = ('lower bound',)
 ROLES = ('reference', 'method', 'bound', 'floor')
@@ -60,6 +62,7 @@ class Entry:
     ratio, retention: mean over seeds; None when a seed has none.
     rows: the rows behind this line.
     checkpoint, variant, placement: as in the rows, or empty.
+    asked: the rows' budget, or None.
   """
   method: str
   trained: bool
@@ -78,6 +81,7 @@ class Entry:
   checkpoint: str = ''
   variant: str = ''
   placement: tuple[int, ...] = ()
+  asked: float | None = None
 
   @property
   def name(self) -> str:
@@ -140,111 +144,26 @@ def check_rows(rows: Sequence[Row]) -> None:
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:
-  """Rows as sections: references first, then budgets from large to small."""
+  """Rows as sections: references first, then budgets from large to small.
+
+  A section is a budget that was asked for, where the rows say which; of others,
+  methods define the budgets, and floors and bounds go to the nearest one.
+  """
   check_rows(rows)
   entries = [_entry(group) for group in _join_seeds(rows)]
-  # Methods define the budgets; floors and bounds go to the nearest one.
   budgets: list[float] = []
   for role in ('method', 'bound', 'floor'):
     for entry in entries:
-      if entry.role == role and not any(
+      if entry.role == role and entry.asked is None and not any(
           same_budget(entry.average_tokens, b) for b in budgets):
         budgets.append(entry.average_tokens)
   members = collections.defaultdict(list)
   for entry in entries:
-    key = None if entry.role == 'reference' else min(
-        budgets, key=lambda b, e=entry: abs(b - e.average_tokens))
+    key = (None if entry.role == 'reference' else entry.asked if entry.asked is not None
+           else min(budgets, key=lambda b, e=entry: abs(b - e.average_tokens)))
     members[key].append(entry)
   order = sorted(members, key=lambda b: -math.inf if b is None else -b)
   return [Section(budget, tuple(_sorted(members[budget]))) for budget in order]
-
-
-def floors_for(parts: Sequence[Section], part: Section, entry: Entry) -> list[Entry]:
-  """The floors of a section that a method is measured against.
-
-  Those of its own checkpoint, or if that has none anywhere, of the others; and
-  only those that cut where the method cuts.  Pooling cuts nowhere.
-  """
-  own = any(floor.checkpoint == entry.checkpoint for some in parts
-            for floor in some.of_role('floor'))
-  return [floor for floor in part.of_role('floor')
-          if (not own or floor.checkpoint == entry.checkpoint) and
-          (floor.placement == entry.placement or
-           floor.method in FLOORS['average pooling'])]
-
-
-def problems(parts: Sequence[Section]) -> list[str]:
-  """What keeps the table from being a fair comparison; empty when nothing."""
-  found = []
-  counts = {row['n'] for part in parts for entry in part.entries for row in entry.rows}
-  if len(counts) > 1:
-    found.append('the rows were scored on different numbers of questions '
-                 f'{sorted(counts)}')
-  for part in parts:
-    lacking: dict[tuple[str, ...], list[str]] = {}
-    for entry in part.of_role('method'):
-      present = {floor.method for floor in floors_for(parts, part, entry)}
-      missing = tuple(floor for floor, names in FLOORS.items()
-                      if not present & set(names))
-      if missing:
-        lacking.setdefault(missing, []).append(entry.name)
-    found += [f'{", ".join(names)} at {part.budget:.3g} layer-average tokens lacks '
-              f'the floor rows {", ".join(missing)} at that budget'
-              for missing, names in lacking.items()]
-  return found
-
-
-def checked_sections(rows: Sequence[Row], allow_partial: bool
-                     ) -> tuple[list[Section], list[str]]:
-  """Sections and their problems; any problem is an error unless allowed.
-
-  Raises:
-    ConfigError: floors are missing, or rows are not comparable.
-  """
-  parts = sections(rows)
-  found = problems(parts)
-  if found and not allow_partial:
-    raise ConfigError(
-        f'report: {"; ".join(found)}. Evaluate what is missing, or allow a '
-        'partial table, which is then marked as such')
-  return parts, found
-
-
-def findings(parts: Sequence[Section], metric: str = 'accuracy', most: float = 100.0,
-             show: Callable[[float], str] | None = None) -> list[str]:
-  """One plain sentence for each compressed method, with its best floor.
-
-  Args:
-    parts: of the table.
-    metric: what accuracy is called.
-    most: its value at a share of 1; differences are given in these points.
-    show: a share as text; None is per cent.
-  """
-  show = show or percent
-  full = next((entry for part in parts for entry in part.entries
-               if is_full(entry)), None)
-  lines = []
-  for part in parts:
-    for entry in part.of_role('method'):
-      floors = floors_for(parts, part, entry)
-      line = f'{entry.name}: {entry.average_tokens:.3g}'
-      if full is not None:
-        line += f' of {full.average_tokens:.3g}'
-      line += f' visual tokens on average, {metric} {show(entry.accuracy)}'
-      if entry.ratio is not None:
-        line += f', {percent(entry.ratio)} of full'
-      if entry.retention is not None:
-        line += f', retention {entry.retention:.3f}'
-      if floors:
-        best = max(floors, key=lambda floor: floor.accuracy)
-        line += f'; best floor: {best.method} {show(best.accuracy)}'
-        line += _verdict(entry, best, most)
-        other = max(part.of_role('floor'), key=lambda floor: floor.accuracy)
-        if other not in floors and other.accuracy > best.accuracy:
-          line += (f'; better, though cut elsewhere: {other.name} '
-                   f'{show(other.accuracy)}')
-      lines.append(f'{line}.')
-  return lines
 
 
 def percent(share: float) -> str:
@@ -268,7 +187,7 @@ COLUMNS = ('method', 'training', 'tokens in', 'tokens avg', 'prefill',
 def cells(entry: Entry) -> tuple[str, ...]:
   """The line's cells, in the order of COLUMNS."""
   low, high = entry.ci95
-  return (entry.method, 'trained' if entry.trained else 'training-free',
+  return (entry.name, 'trained' if entry.trained else 'training-free',
           f'{entry.input_tokens:.4g}', f'{entry.average_tokens:.1f}',
           quantity(entry.flops, 'FLOP'), quantity(entry.kv_bytes, 'B'),
           percent(entry.accuracy), f'{100 * low:.1f} – {100 * high:.1f}',
@@ -333,7 +252,7 @@ def _entry(rows: Sequence[Row]) -> Entry:
       ratio=_mean([row['ratio_to_full'] for row in rows]),
       retention=_mean([row['retention'] for row in rows]), rows=tuple(rows),
       checkpoint=first.get('checkpoint') or '', variant=first.get('variant') or '',
-      placement=tuple(first.get('placement') or ()))
+      placement=tuple(first.get('placement') or ()), asked=first.get('budget'))
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:
@@ -352,39 +271,3 @@ def _sorted(entries: Sequence[Entry]) -> list[Entry]:
   return sorted(entries, key=lambda entry: (
       ROLES.index(entry.role),
       -entry.accuracy if entry.role == 'floor' else 0.0))
-
-
-def floor_name(floor: Entry) -> str:
-  """What `differences` calls a floor."""
-  return floor.method + ('' if floor.trained else ' (training-free)')
-
-
-def paired(entry: Entry, name: str) -> tuple[float, float, float] | None:
-  """Difference to a floor in shares, (mean, low, high), over all seeds.
-
-  The interval reaches from the seeds' lowest end to their highest; None where
-  a seed was not compared.
-  """
-  found = [(row.get('differences') or {}).get(name) for row in entry.rows]
-  if None in found:
-    return None
-  return (_mean([one['mean'] for one in found]), min(one['ci95'][0] for one in found),
-          max(one['ci95'][1] for one in found))
-
-
-def _verdict(entry: Entry, best: Entry, most: float) -> str:
-  """How a method stands to its best floor: paired if the rows say so."""
-  found = paired(entry, floor_name(best))
-  if found is not None:
-    mean, low, high = (most * share for share in found)
-    text = f', difference {mean:+.1f} points [{low:+.1f}, {high:+.1f}]'
-    sure = low > 0
-  else:
-    text, sure = '', entry.ci95[0] > best.ci95[1]
-  if entry.accuracy <= best.accuracy:
-    return f'{text}, not beaten'
-  if not sure:
-    return f'{text}, within noise' if text else ' (the intervals overlap)'
-  if entry.trained and not best.trained:
-    return f'{text} (without training under its selection)'
-  return text
