@@ -17,6 +17,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 import queue
@@ -30,6 +31,8 @@ import jax
 from vlm_compress import api, sharding
 from vlm_compress.batches import Answer, Request, answer_batches
 from vlm_compress.config import LlavaConfig, check
+from vlm_compress.convert.processor import PROCESSOR
+from vlm_compress.convert.vocabulary import TOKENIZER
 from vlm_compress.data import images as images_lib
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.prompts import prompt_row
@@ -123,7 +126,16 @@ class Checkpoint:
       first = self.replicas[0].vlm
       sharding.check_sizes(first.config, meshes[0], 'vision_tower' in first.params)
     self.vlm, self.config = first, first.config
-    self._fingerprint = ''
+    self._fingerprint, self._directory = '', path
+
+  @property
+  def tokenizer_hash(self) -> str:
+    """SHA-256 of the files that say how texts and pictures are prepared, 16 digits."""
+    digest = hashlib.sha256()
+    for name in (TOKENIZER, PROCESSOR):
+      path = self._directory / name
+      digest.update(path.read_bytes() if path.is_file() else b'none')
+    return digest.hexdigest()[:16]
 
   @property
   def fingerprint(self) -> str:

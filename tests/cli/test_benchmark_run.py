@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 import core_helpers as helpers
 import pytest
 import small_benchmark
+from PIL import Image
 
 from vlm_compress.cli import __main__ as cli
 from vlm_compress.eval import runs
@@ -91,6 +93,25 @@ def test_another_configuration_is_refused(folder, finished, capsys, more, messag
   assert cli.main(words(folder, finished, *more)) == 2
   error = capsys.readouterr().err
   assert 'belongs to another run' in error and message in error
+
+
+def test_replaced_pictures_and_tokenizers_are_noticed(folder, tmp_path, capsys):
+  data = small_benchmark.write_gqa(tmp_path / 'data')
+  model = tmp_path / 'model'
+  shutil.copytree(folder / 'voco', model)
+  again = words(folder, tmp_path / 'run', '--limit=2', f'--checkpoint={model}', data=data)
+  assert cli.main(again) == cli.main(again) == 0
+  picture = data / 'gqa/images/0.jpg'
+  Image.new('RGB', (40, 40)).save(picture, format='PNG')
+  capsys.readouterr()
+  assert cli.main(again) == 2
+  assert 'questions.pictures: ' in capsys.readouterr().err
+  shutil.rmtree(tmp_path / 'run')
+  assert cli.main(again) == 0
+  path = model / 'tokenizer.json'
+  path.write_text(path.read_text() + '\n')
+  assert cli.main(again) == 2
+  assert 'tokenizer: ' in capsys.readouterr().err
 
 
 def test_arguments_that_do_not_fit(folder, tmp_path, capsys):

@@ -26,6 +26,7 @@ from vlm_compress.convert.files import load_config, load_params, save_model
 from vlm_compress.convert.processor import Processor
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.examples import Example, Turn
+from vlm_compress.decode.identity import fingerprint
 from vlm_compress.eval.evaluator import Method, answer
 from vlm_compress.models.inputs import PruneOptions
 from vlm_compress.vlm import prepare
@@ -117,6 +118,7 @@ def test_two_budgets_on_pictures(run, vlm, folder, tmp_path):
   assert code == 0 and err == '8 prompt(s) about 4 picture(s)\n'
   values = json.loads(out.read_text())
   assert values['prompts'] == QUESTIONS and values['num_visual_tokens'] == 16
+  assert values['fingerprint'] == fingerprint(vlm.params)
   few, many = values['calibrations']
   assert few['shift'] > many['shift'] and few['achieved'] < many['achieved']
   for found, target in ((few, 7), (many, 10)):

@@ -14,9 +14,11 @@ import core_helpers as helpers
 import pytest
 import small_benchmark
 
+from vlm_compress.asking import Checkpoint
 from vlm_compress.cli import __main__ as cli
 from vlm_compress.cli import benchmark_run, sweep, sweep_times
 from vlm_compress.config import ConfigError
+from vlm_compress.data.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = '''
@@ -69,8 +71,8 @@ def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypat
   said = capsys.readouterr()
   assert ran == CELLS
   assert 'failed: base--uniform--2--gqa--0: memory' in said.err
-  assert 'no table: report of the sweep: gqa: VoCo at 2 layer-average tokens lacks the floor rows uniform' in (
-      said.err.replace('\n', ' '))
+  assert ('no table: report of the sweep: gqa: VoCo at 2 layer-average tokens lacks the '
+          'floor rows uniform') in said.err.replace('\n', ' ')
   assert 'retention' not in said.out and not (folder / 'out/table.csv').exists()
   content = json.loads((folder / 'out/rows.json').read_text())
   assert content['missing'] == ['base--uniform--2--gqa--0'] and content['partial']
@@ -174,15 +176,17 @@ def test_budgets_of_atp_are_calibrated_once(folder, tmp_path, monkeypatch):
   page, one = runner(folder, tmp_path, calibrate_with='page.py:atp')
   cells = [c for c in sweep.cells_of(page, print) if c.method == 'atp']
   assert [c.budget for c in cells] == [8, 10]
-  calls = []
+  calls, model = [], Checkpoint(folder / 'atp')
+  known = model.fingerprint
 
   def calibrate(argv):
     calls.append(argv)
     path = next(a.partition('=')[2] for a in argv if a.startswith('--out='))
-    pathlib.Path(path).write_text(json.dumps({'calibrations': [
-        {'target': 8.0, 'shift': 0.25, 'reached': True, 'achieved': 8.1},
-        {'target': 10.0, 'shift': -0.5, 'reached': True, 'achieved': 10.0},
-        {'target': 9.0, 'shift': 0.1, 'reached': False, 'achieved': 9.9}]}))
+    pathlib.Path(path).write_text(json.dumps({
+        'fingerprint': known, 'prune_after': [1, 2, 3], 'calibrations': [
+            {'target': 8.0, 'shift': 0.25, 'reached': True, 'achieved': 8.1},
+            {'target': 10.0, 'shift': -0.5, 'reached': True, 'achieved': 10.0},
+            {'target': 9.0, 'shift': 0.1, 'reached': False, 'achieved': 9.9}]}))
   monkeypatch.setattr(sweep.calibrate, 'main', calibrate)
   assert [one._shift(c) for c in cells] == [0.25, -0.5]
   assert len(calls) == 1 and calls[0][-3:] == ['--target-tokens', '8', '10']
@@ -191,9 +195,17 @@ def test_budgets_of_atp_are_calibrated_once(folder, tmp_path, monkeypatch):
     none._shift(cells[0])
   path, = tmp_path.glob('calibrations/atp-0-*.json')
   with pytest.raises(ConfigError, match='9 tokens were not reached, only 9.9'):
-    benchmark_run.calibrated(path, 9.0)
+    benchmark_run.calibrated(path, 9.0, model)
   with pytest.raises(ConfigError, match='has the budgets 8, 10, 9, not 12'):
-    benchmark_run.calibrated(path, 12.0)
+    benchmark_run.calibrated(path, 12.0, model)
+  for field, value in (('fingerprint', 'x'), ('prune_after', [2])):
+    content = json.loads(path.read_text())
+    (tmp_path / 'other.json').write_text(json.dumps(content | {field: value}))
+    with pytest.raises(ConfigError, match='calibrated with a model of other weights'):
+      benchmark_run.calibrated(tmp_path / 'other.json', 8.0, model)
+  (tmp_path / 'other.json').write_text('{"calibrations": []}')
+  with pytest.raises(DataError, match='no file of vlm-compress calibrate'):
+    benchmark_run.calibrated(tmp_path / 'other.json', 8.0, model)
 
 
 def test_pages_that_are_none(folder, capsys):

@@ -171,8 +171,10 @@ def run(out: pathlib.Path, checkpoint: Checkpoint, questions: QuestionSet, total
     claim(out, {
         'schema': SCHEMA, 'benchmark': questions.benchmark, **about,
         'questions': {'fingerprint': runs.fingerprint(questions),
+                      'pictures': runs.picture_sizes(questions),
                       'number': len(questions.questions), 'of': total},
         'checkpoint': checkpoint.fingerprint, 'template': checkpoint.vlm.template(),
+        'tokenizer': checkpoint.tokenizer_hash,
         'model': to_dict(method.config), 'runs_as': method.runs_as,
         'num_shards': job.shards, 'max_new_tokens': limit})
   done = first and (out / runs.RESULTS).exists()
@@ -263,19 +265,26 @@ def wait_until(there: Callable[[], bool]) -> None:
     time.sleep(_POLL_SECONDS)
 
 
-def calibrated(path: pathlib.Path, budget: float) -> float:
+def calibrated(path: pathlib.Path, budget: float, checkpoint: Checkpoint) -> float:
   """The shift of a budget in a file of `vlm-compress calibrate --out`.
 
   Raises:
-    ConfigError: the file has no such budget, or did not reach it.
+    ConfigError: the file has no such budget, did not reach it, or is of another
+      model or placement.
     DataError: it is no such file.
   """
   try:
-    found = {one['target']: one for one in json.loads(path.read_text())['calibrations']}
+    content = json.loads(path.read_text())
+    found = {one['target']: one for one in content['calibrations']}
     for one in found.values():
       one['reached'], one['achieved'], one['shift']
+    known, places = content['fingerprint'], content['prune_after']
   except (ValueError, KeyError, TypeError) as error:
     raise DataError(f'{path} is no file of vlm-compress calibrate --out') from error
+  own = checkpoint.config.atp.prune_after if checkpoint.config.atp else ()
+  check(known == checkpoint.fingerprint and tuple(places) == tuple(own), f'{path} was '
+        f'calibrated with {content.get("checkpoint", "a model")} of other weights or other '
+        'modules than this model has; calibrate this one')
   check(budget in found, f'{path} has the budgets '
         f'{", ".join(f"{target:g}" for target in found)}, not {budget:g}; calibrate with '
         f'--target-tokens {budget:g}')
@@ -316,15 +325,16 @@ def main(args: argparse.Namespace, say: Message) -> int:
   check(args.calibration is None or args.budget is not None and
         args.threshold_shift is None, '--calibration gives the shift of a --budget; give '
         'that, and no --threshold-shift')
-  shift = (args.threshold_shift if args.calibration is None else
-           calibrated(args.calibration, args.budget))
   job = Job(args.method, args.budget, tuple(args.prune_after) if args.prune_after else None,
-            shift, args.rule, args.seed, args.limit, args.shards, args.batch_size,
+            args.threshold_shift, args.rule, args.seed, args.limit, args.shards, args.batch_size,
             args.max_new_tokens, args.allow_partial)
   questions, total, split = read(args.benchmark, args.data, job)
   checkpoint = Checkpoint(args.checkpoint, template=args.template, tensor=args.tensor,
                           devices=jax.local_devices()[:args.devices] if args.devices
                           else None)
+  if args.calibration is not None:
+    job = dataclasses.replace(job, shift=calibrated(
+        args.calibration, args.budget, checkpoint))
   share = (jax.process_index(), jax.process_count())
   result = run(args.out, checkpoint, questions, total, split, job, say, share)
   if share[0] == 0:

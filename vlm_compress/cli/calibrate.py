@@ -37,6 +37,7 @@ from vlm_compress.convert.processor import load_processor
 from vlm_compress.data.examples import Example
 from vlm_compress.data.prompts import prompt_row
 from vlm_compress.data.templates import TEMPLATES
+from vlm_compress.decode.identity import fingerprint
 from vlm_compress.eval import calibration
 from vlm_compress.eval.calibration import Calibration, Prompts
 from vlm_compress.eval.evaluator import Question, questions_of
@@ -260,7 +261,8 @@ def write(args: argparse.Namespace, vlm: api.Vlm,
     source = ({'config': args.config, 'split': args.split} if args.config else
               {'images': [str(p) for p in args.images], 'prompts': args.prompt})
     atomic.write_text(args.out, json.dumps({
-        'checkpoint': str(args.checkpoint), 'seed': args.seed, **source,
+        'checkpoint': str(args.checkpoint), 'fingerprint': fingerprint(vlm.params),
+        'seed': args.seed, **source,
         'num_visual_tokens': vlm.config.num_visual_tokens,
         'prune_after': vlm.config.atp.prune_after,
         'calibrations': [one.to_dict() for one in found]}, indent=1))

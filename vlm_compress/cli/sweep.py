@@ -237,7 +237,8 @@ class Runner:
     page, name = self.page, cell.checkpoint
     given = page.get('calibrations', {}).get(name)
     if given:
-      return benchmark_run.calibrated(path_of(given, cell.seed), cell.budget)
+      return benchmark_run.calibrated(path_of(given, cell.seed), cell.budget,
+                                      self._checkpoint(cell))
     check(bool(page.calibrate_with), f'which shift gives {name} {cell.budget:g} tokens is '
           f'not known: name a file of vlm-compress calibrate (--config.calibrations.{name}) '
           'or a page to calibrate with (--config.calibrate_with)')
@@ -253,7 +254,7 @@ class Runner:
             f'--checkpoint={path_of(page.checkpoints[name], cell.seed)}',
             f'--config={page.calibrate_with}', f'--data-root={page.calibrate_data_root}',
             f'--out={path}', '--target-tokens', *[f'{b:g}' for b in budgets]])
-    return benchmark_run.calibrated(path, cell.budget)
+    return benchmark_run.calibrated(path, cell.budget, self._checkpoint(cell))
 
 
 def finish(out: pathlib.Path, cells: Sequence[Cell], base: str, allow_partial: bool,

@@ -4,7 +4,7 @@ By the same rules as `efficiency.py`: matrix products are counted, comparisons,
 sorting and softmax are not.  Products with tokens that are not needed (a full
 canvas where a part of it is left) are not counted either.  Not counted because
 it has no fixed number: the singular values of SparseVLM's rank, used only
-without given counts.
+without given counts; nor keys of text in front of the image, 2NH a token.
 """
 
 from __future__ import annotations

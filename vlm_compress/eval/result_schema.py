@@ -7,8 +7,9 @@ A run directory (`vlm-compress evaluate --benchmark ... --out RUN`) belongs to
 one configuration:
 
   config.json   what was asked of what: `benchmark`, `split`, `rule`, `questions`
-                (`fingerprint`, `number` asked, `of` how many), `checkpoint` (hash of
-                the weights), `template`, `method_key`, `model` (the config that ran),
+                (`fingerprint`, `pictures`: hash of their sizes, `number` asked, `of` how
+                many), `checkpoint` (hash of the weights), `tokenizer` (hash of its file
+                and the processor's), `template`, `method_key`, `model` (the config that ran),
                 `runs_as`, `seed`, `num_shards`, `max_new_tokens`
   answers-00003-of-00016.jsonl            a finished shard
   answers-00003-of-00016.partial.jsonl    an unfinished one, in order of answering

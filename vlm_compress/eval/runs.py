@@ -47,6 +47,19 @@ def fingerprint(questions: QuestionSet) -> str:
   return digest.hexdigest()[:16]
 
 
+def picture_sizes(questions: QuestionSet) -> str:
+  """SHA-256 of the names and sizes of the pictures' files, 16 digits.
+
+  A picture that is replaced by another is noticed by its size, without reading all of
+  them; '' stands for one that is not there.
+  """
+  digest = hashlib.sha256()
+  for name, q in {q.image: q for q in questions.questions if q.image}.items():
+    path = questions.image_path(q)
+    digest.update(json.dumps([name, path.stat().st_size if path.is_file() else '']).encode())
+  return digest.hexdigest()[:16]
+
+
 def first_units(questions: QuestionSet, limit: int) -> QuestionSet:
   """The first `limit` questions, and others that are scored with them."""
   units = {unit_of(q) for q in questions.questions[:limit]}
