@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 
 import flax.linen as nn
 import flax.traverse_util
@@ -21,11 +20,6 @@ from vlm_compress.models import llava, sequence
 
 # Compiling is what takes the time here, not running.
 jax.config.update('jax_disable_most_optimizations', True)
-# ... and the same program is often built anew (every fit, every mesh).
-_CACHE = tempfile.TemporaryDirectory(prefix='jax_cache_')
-jax.config.update('jax_compilation_cache_dir', _CACHE.name)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 BOS, NEWLINE = 1, 5
 IMAGE, VOCO = -200, 200  # placeholders, outside the tiny vocabulary

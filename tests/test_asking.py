@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 
 import core_helpers as helpers
 import jax
@@ -146,3 +148,24 @@ def test_a_word_that_is_unknown_names_its_question(folder, tmp_path):
   with pytest.raises(DataError, match=f"question '{odd.id}'.*zebra"):
     ask_shard(checkpoint, method_config('voco', checkpoint.config), questions, log,
               Settings(4, 4))
+
+
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_what_was_answered_when_another_replica_fails_is_kept(replicas):
+  """Window 1 fails while window 0 is being answered; windows 4 to 9 are not begun."""
+  failed, asked, kept = threading.Event(), [], []
+
+  def ask(replica, window):
+    asked.append(window)
+    if window == 1:
+      failed.set()
+      raise DataError('no picture')
+    if replicas == 2 and window == 0:
+      failed.wait()
+      time.sleep(0.2)
+    return [{'window': window}]
+  with pytest.raises(DataError, match='no picture'):
+    for rows in asking._dealt(['replica'] * replicas, range(10), ask):
+      kept += [row['window'] for row in rows]
+  assert 0 in kept and set(kept) == set(asked) - {1}
+  assert len(asked) < 10
