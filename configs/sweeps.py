@@ -41,11 +41,11 @@ def get_config(name: str = 'tiny') -> ConfigDict:
                       ('qformer8', 'qformer', ()), ('pool8', 'avg_pool_linear', ()),
                       ('pool16', 'avg_pool_linear', ()), ('atp', 'atp', (12, 16, 24)),
                       *(('base', peer, (2, 8, 16, 24)) for peer in ('divprune', 'cdpruner')),
-                      ('base', 'sparsevlm', (16, 24)),
-                      ('base', 'fastv', (24,)), ('base', 'pyramiddrop', (24,))),
+                      *(('base', peer, (24, 32)) for peer in ('fastv', 'pyramiddrop')),
+                      ('base', 'sparsevlm', (16, 24, 32))),
           'benchmarks': {'openmoji_grid': MODELS},
           'seeds': (0, 1, 2), 'batch_size': 16, 'limit': 800,  # 100 pictures
-          'time_repeats': 7,
+          'shards': 2, 'time_repeats': 7,  # many shards have many shapes to compile
           # shifts are found on the training split
           'calibrations': {'atp': ''}, 'calibrate_with': 'configs/quickstart.py:atp',
           'calibrate_data_root': MODELS},

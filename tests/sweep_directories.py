@@ -30,7 +30,7 @@ class Sweep:
   """Adds runs to a directory; `write` makes rows.json of them."""
 
   def __init__(self, home: pathlib.Path):
-    self.home, self.rows, self.failed, self.missing = home, [], [], []
+    self.home, self.rows, self.failed = home, [], []
 
   def add(self, method, accuracy, *, benchmark='gqa', budget=None, seed=0,
           checkpoint='base', places=(), differences=None, partial=False,
@@ -114,7 +114,7 @@ class Sweep:
     """rows.json; returns the directory."""
     self.home.mkdir(exist_ok=True)
     (self.home / 'rows.json').write_text(json.dumps(
-        {'schema': SCHEMA, 'rows': self.rows, 'failed': self.failed, 'missing': self.missing,
+        {'schema': SCHEMA, 'rows': self.rows, 'failed': self.failed, 'times_failed': None,
          'partial': bool(self.failed), 'versions': {'jax': '0.10.2'}}))
     return self.home
 

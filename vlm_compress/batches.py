@@ -6,7 +6,7 @@ The same answers as `api.generate` gives one by one, greedily.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,6 +109,41 @@ def answer_batches(vlm: Vlm, requests: Sequence[Request], *, method: str = 'auto
     answers = _decode(vlm, state, counts, max_new_tokens)
     yield ids, [a if rows[i].kept is None else a._replace(
         visual_tokens=rows[i].kept.visual_tokens) for i, a in zip(ids, answers)]
+
+
+def ready_batch(vlm: Vlm, requests: Sequence[Request], method: str, seed: int = 0
+                ) -> Callable[[], Prefilled]:
+  """The prefill of one batch, with texts and vision features ready: to be timed.
+
+  Of method voco it compresses the pictures, too, as one batch.
+
+  Args:
+    vlm: the model.
+    requests: questions whose rows have one shape, each about one picture.
+    method: as in `api.generate`.
+    seed: of the selector 'random'.
+
+  Returns:
+    A function that runs it.
+
+  Raises:
+    ConfigError: the rows have several shapes.
+  """
+  _check_requests(requests)
+  rows = [_named(prepare(vlm, r.prompt, r.images, method, None), r.row_id, seed)
+          for r in requests]
+  check(len({_shape(row, 0) for row in rows}) == 1, 'the questions have rows of several '
+        'shapes; give those of equally long prompts')
+  row = _together(rows, range(len(rows)), len(rows))
+  if row.compressed is None:
+    return lambda: prefill(vlm, row, 0)
+  some = compress_image(vlm, requests[0].images[0])
+  features = np.stack([vlm.features(r.images[0]) for r in requests])[:, None]
+
+  def compress_and_read() -> Prefilled:
+    images = vlm.segmented.compress(features, some.segment_ids, some.num_voco_tokens)
+    return prefill(vlm, row._replace(compressed=images), 0)
+  return compress_and_read
 
 
 def _named(row: Row, row_id: int, seed: int) -> Row:

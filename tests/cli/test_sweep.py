@@ -75,7 +75,8 @@ def test_a_cell_that_crashes_is_listed_and_tried_again(folder, capsys, monkeypat
           'floor rows uniform') in said.err.replace('\n', ' ')
   assert 'retention' not in said.out and not (folder / 'out/table.csv').exists()
   content = json.loads((folder / 'out/rows.json').read_text())
-  assert content['missing'] == ['base--uniform--2--gqa--0'] and content['partial']
+  assert [one['cell'] for one in content['failed']] == ['base--uniform--2--gqa--0']
+  assert content['partial']
   assert 'RuntimeError: out of' in content['failed'][0]['error'] and len(content['rows']) == 7
   assert cli.main(words(folder, '--allow-partial')) == 1
   assert 'PARTIAL TABLE' in capsys.readouterr().out
@@ -160,8 +161,15 @@ def test_times_are_measured_in_turn_and_once(folder, tmp_path, capsys, monkeypat
   assert cli.main(flags) == 1 and measured
   assert 'times were not measured: gqa: only ' in capsys.readouterr().err
   content = json.loads((tmp_path / 'out/rows.json').read_text())
-  assert [one['cell'] for one in content['failed']] == ['times.json']
-  assert len(content['rows']) == len(CELLS)  # with the times that were measured before
+  assert not content['failed'] and 'only ' in content['times_failed']
+  assert 'No times.' in (tmp_path / 'out/report.html').read_text()
+  # Those of the other settings are no times of these.
+  assert {row['first_token_seconds'] for row in content['rows']} == {None}
+  (tmp_path / 'out/times.json').write_text('{')
+  flags[-1] = '--config.batch_size=2'
+  assert cli.main(flags) == 1
+  content = json.loads((tmp_path / 'out/rows.json').read_text())
+  assert 'times.json is damaged' in content['times_failed'] and len(content['rows']) == len(CELLS)
 
 
 def runner(folder, tmp_path, **fields):

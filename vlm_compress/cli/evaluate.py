@@ -79,7 +79,8 @@ def _benchmark_flags(p) -> None:
   p.add_argument('--calibration', type=pathlib.Path, metavar='FILE.json',
                  help="of atp: what calibrate's --out wrote, to find the shift of --budget")
   p.add_argument('--prune-after', type=number(int, 0), nargs='+', metavar='LAYER',
-                 help='of random and uniform: where tokens are cut (in front of all layers)')
+                 help='of random and uniform, which else cut in front of all layers, and of '
+                 'FastV, PyramidDrop and SparseVLM: layers behind which tokens are cut')
   p.add_argument('--rule', help='another way to score')
   p.add_argument('--limit', type=number(int, 1), metavar='N', help='only the first questions')
   p.add_argument('--allow-partial', action='store_true',

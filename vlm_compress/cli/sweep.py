@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,9 +90,11 @@ def main(argv: list[str]) -> int:
   # Others' cells may have been there before: they are looked at, too.
   runner.run_all([c for c in cells if c not in cells[::count]
                   and not has_failed(args.out, c)])
-  problem = runner.try_to_time(cells) if page.get('time_repeats', 0) else None
+  times, problem = {}, None
+  if page.get('time_repeats', 0):
+    times, problem = runner.try_to_time(cells)
   return finish(args.out, cells, page.base, args.allow_partial or page.allow_partial, say,
-                problem)
+                times, problem)
 
 
 def cells_of(page: ConfigDict, say: Message) -> list[Cell]:
@@ -184,17 +186,17 @@ class Runner:
           cell.benchmark, pathlib.Path(self.page.benchmarks[cell.benchmark]), job)
     return self._questions[cell.benchmark]
 
-  def try_to_time(self, cells: Sequence[Cell]) -> str | None:
-    """`measure_times`; the traceback if that fails, which costs no answers."""
+  def try_to_time(self, cells: Sequence[Cell]) -> tuple[dict[str, Any], str | None]:
+    """`measure_times`, or nothing and what went wrong, which costs no answers."""
     try:
-      self.measure_times(cells)
-      return None
+      return self.measure_times(cells), None
     except Exception as error:  # as in run_all
-      self.say(f'times were not measured: {" ".join(str(error).split())[:300]}')
-      return traceback.format_exc()
+      problem = f'times were not measured: {" ".join(str(error).split())[:300]}'
+      self.say(problem)
+      return {}, problem
 
-  def measure_times(self, cells: Sequence[Cell]) -> None:
-    """Times the first seed's cells, those of a benchmark in turn (sweep_times.py).
+  def measure_times(self, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Times of the first seed's cells, those of a benchmark in turn (sweep_times.py).
 
     All checkpoints are in memory together.
     """
@@ -214,15 +216,18 @@ class Runner:
           f'{kept[path].fingerprint} {json.dumps(to_dict(method.config), sort_keys=True)}'))
     known = sweep_times.key([line for some in lines.values() for line in some],
                             page.batch_size, page.time_repeats)
-    if sweep_times.read(self.out, known) is not None:
-      return
+    there = sweep_times.read(self.out, known)
+    if there is not None:
+      return there
     for name, some in lines.items():
-      full = next((c.line for c in cells if (c.checkpoint, c.method, c.benchmark) == (
-          page.base, 'full', name)), '')
-      if any(line.name == full for line in some):
-        times |= sweep_times.measure(some, full, self._questions[name][0],
-                                     page.batch_size, page.time_repeats, self.say)
+      full = next(c.line for c in cells if (c.checkpoint, c.method, c.benchmark) == (
+          page.base, 'full', name))
+      check(any(line.name == full for line in some), f'{full} failed, which times are '
+            'compared with')
+      times |= sweep_times.measure(some, full, self._questions[name][0],
+                                   page.batch_size, page.time_repeats, self.say)
     sweep_times.write(self.out, known, times)
+    return times
 
   def _checkpoint(self, cell: Cell) -> Checkpoint:
     path = path_of(self.page.checkpoints[cell.checkpoint], cell.seed)
@@ -258,17 +263,17 @@ class Runner:
 
 
 def finish(out: pathlib.Path, cells: Sequence[Cell], base: str, allow_partial: bool,
-           say: Message, times_failed: str | None = None) -> int:
+           say: Message, times: Mapping[str, Any], problem: str | None = None) -> int:
   """Writes rows.json, and the tables if they have their floors.
 
   Args:
     out, cells, base: of the sweep.
     allow_partial: see `tables`.
     say: called with lines.
-    times_failed: traceback of what kept times from being measured.
+    times: of sweep_times.measure; problem: why there are none.
 
   Returns:
-    The exit code: 1 if a cell failed.
+    The exit code: 1 if a cell failed or times could not be measured.
 
   Raises:
     ConfigError: floors are missing and no cell failed that would say why.
@@ -282,12 +287,10 @@ def finish(out: pathlib.Path, cells: Sequence[Cell], base: str, allow_partial: b
       atomic.write_text(home(out, cell) / ERROR, traceback.format_exc())
   failed = [{'cell': c.name, 'error': (home(out, c) / ERROR).read_text()}
             for c in cells if has_failed(out, c)]
-  rows = sweep_rows.rows(found, base, sweep_times.read(out) or {})
-  if times_failed:
-    failed.append({'cell': sweep_times.TIMES, 'error': times_failed})
+  rows = sweep_rows.rows(found, base, times)
   content = {'schema': SCHEMA, 'rows': rows, 'failed': failed, 'versions': versions(),
-             'missing': [one['cell'] for one in failed], 'partial': bool(failed) or any(
-                 row['partial'] for row in rows)}
+             'partial': bool(failed) or any(row['partial'] for row in rows),
+             'times_failed': problem}
   atomic.write_text(out / ROWS, json.dumps(content, indent=1) + '\n')
   for one in failed:
     say(f'failed: {one["cell"]}: {one["error"].strip().splitlines()[-1]} '
@@ -299,7 +302,7 @@ def finish(out: pathlib.Path, cells: Sequence[Cell], base: str, allow_partial: b
     if not failed:
       raise
     say(f'no table: {error}')
-  return int(bool(failed))
+  return int(bool(failed or problem))
 
 
 def tables(out: pathlib.Path, rows: Sequence[dict[str, Any]], allow_partial: bool) -> None:

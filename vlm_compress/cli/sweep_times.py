@@ -3,9 +3,10 @@
 What a run takes while it asks compares nothing: a picture is encoded once for the
 questions about it, windows differ in size and answers in length, and the machine
 does other things at other hours.  So one batch of questions about different
-pictures is read by every method in turn, several times over, up to the first token
-of the answer.  Features of the pictures are kept between the rounds: a time is that
-of projector, compression and decoder.
+pictures is read by every method in turn, several times over, up to the logits of the
+answer's first token.  Texts and vision features are ready: a time is that of
+projector, resampler, compression and decoder.  What VisionZip does in the tower, and
+what a smaller picture saves there, is not in it.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import hashlib
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_compress import atomic
 from vlm_compress.asking import picture_of
-from vlm_compress.batches import Request, answer_batches
+from vlm_compress.batches import Request, ready_batch
 from vlm_compress.cli.workspace import Message
-from vlm_compress.config import check
+from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.prompts import prompt_row
+from vlm_compress.eval.benchmark.timing import alternate
 from vlm_compress.eval.benchmarks.question import Question, QuestionSet
-from vlm_compress.vlm import Vlm, padded
+from vlm_compress.vlm import Vlm
 
 TIMES = 'times.json'
 
@@ -50,32 +51,32 @@ class Line:
 
 
 def one_batch(questions: QuestionSet, vlm: Vlm, size: int) -> list[Question]:
-  """Questions about different pictures whose prompts are equally long when padded.
+  """Questions about different pictures whose prompts have as many tokens, so that
+  they are one batch under every method.
 
   Raises:
     ConfigError: there are no `size` such questions.
   """
-  buckets: dict[int, dict[Any, Question]] = collections.defaultdict(dict)
+  lengths: dict[int, dict[Any, Question]] = collections.defaultdict(dict)
   for q in questions.questions:
     key = q.image or q.picture
     if key is None:
       continue
     row = prompt_row(q.prompt, 1, vlm.tokenizer, vlm.config, vlm.template(), 0)
-    bucket = buckets[padded(len(row['input_ids']))]
-    bucket.setdefault(key, q)
-    if len(bucket) == size:
-      return list(bucket.values())
-  most = max(map(len, buckets.values()), default=0)
-  check(False, f'{questions.benchmark}: only {most} questions about different pictures '
-        f'have prompts of one length, and {size} are to be timed together; lower '
-        '--config.batch_size or raise --config.limit')
-  raise AssertionError
+    some = lengths[len(row['input_ids'])]
+    some.setdefault(key, q)
+    if len(some) == size:
+      return list(some.values())
+  most = max(map(len, lengths.values()), default=0)
+  raise ConfigError(
+      f'{questions.benchmark}: only {most} questions about different pictures have '
+      f'prompts of one length, and {size} are to be timed together; lower '
+      '--config.batch_size or raise --config.limit')
 
 
 def measure(lines: Sequence[Line], full: str, questions: QuestionSet, size: int,
-            repeats: int, say: Message, clock: Callable[[], float] = time.perf_counter
-            ) -> dict[str, dict[str, Any]]:
-  """Seconds to the first token of a batch, of every line in turn.
+            repeats: int, say: Message) -> dict[str, dict[str, Any]]:
+  """Seconds of a batch up to its first logits, of every line in turn.
 
   Args:
     lines: what is timed; the full model is one of them.
@@ -84,7 +85,6 @@ def measure(lines: Sequence[Line], full: str, questions: QuestionSet, size: int,
     size: of the batch.
     repeats: rounds, after one that compiles.
     say: called with what is being done.
-    clock: for tests.
 
   Returns:
     {line: {'seconds': median of a question, 'ratio': median of the rounds' ratios to
@@ -94,21 +94,19 @@ def measure(lines: Sequence[Line], full: str, questions: QuestionSet, size: int,
   batch = one_batch(questions, by_name[full].vlm, size)
   requests = [Request(q.prompt, [picture_of(questions, q)], i)
               for i, q in enumerate(batch)]
-
-  def read(line: Line) -> float:
-    start = clock()
-    for _ in answer_batches(line.vlm, requests, method=line.runs_as, batch_size=size,
-                            max_new_tokens=1):
-      pass
-    return (clock() - start) / size
-  for number, line in enumerate(lines, 1):  # compiles, and encodes the pictures
+  runs = {}
+  for number, line in enumerate(lines, 1):
     say(f'timing {questions.benchmark}: preparing {line.name} [{number} of {len(lines)}]')
-    read(line)
-  rounds = [{line.name: read(line) for line in lines} for _ in range(repeats)]
-  return {name: {'seconds': statistics.median(r[name] for r in rounds),
-                 'ratio': statistics.median(r[name] / r[full] for r in rounds),
-                 'rounds': [r[name] for r in rounds], 'questions': size}
-          for name in by_name}
+    run = ready_batch(line.vlm, requests, line.runs_as)
+    run()  # compiles
+    runs[line.name] = lambda run=run: run().logits
+  seconds = {name: [x / size for x in some]
+             for name, some in alternate(runs, repeats).items()}
+  return {name: {'seconds': statistics.median(some),
+                 'ratio': statistics.median(
+                     x / whole for x, whole in zip(some, seconds[full])),
+                 'rounds': some, 'questions': size}
+          for name, some in seconds.items()}
 
 
 def key(lines: Sequence[Line], size: int, repeats: int) -> str:
@@ -122,12 +120,12 @@ def write(out: pathlib.Path, known: str, times: Mapping[str, Any]) -> None:
   atomic.write_text(out / TIMES, json.dumps({'key': known, 'lines': times}, indent=1) + '\n')
 
 
-def read(out: pathlib.Path, known: str | None = None) -> dict[str, Any] | None:
+def read(out: pathlib.Path, known: str) -> dict[str, Any] | None:
   """The lines of times.json; None if it is not there, or of something else.
 
   Args:
     out: directory of the sweep.
-    known: what `key` gives, None for whatever is there.
+    known: what `key` gives.
 
   Raises:
     DataError: it is damaged.
@@ -141,4 +139,4 @@ def read(out: pathlib.Path, known: str | None = None) -> dict[str, Any] | None:
   except (ValueError, KeyError, TypeError) as error:
     raise DataError(f'{path} is damaged ({error}); delete it and run the sweep again'
                     ) from error
-  return lines if known in (None, its) else None
+  return lines if known == its else None

@@ -6,7 +6,7 @@ is known what needs no method to get there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vlm_compress.config import ConfigError
 from vlm_compress.eval.tables import (
@@ -21,35 +21,42 @@ from vlm_compress.eval.tables import (
   sections,
 )
 
-# Those that every budget needs.  Pages of trained runs have no smaller pictures,
-# because they read features of whole ones from a file; sweeps have.
-NEEDED = ('random', 'uniform grid', 'average pooling')
-# A floor of as many tokens costs up to this much more or less, as it has no
-# selector and other text: such a floor counts as one of no more FLOPs.
-FLOPS_TOLERANCE = 1.02
+# Those that every budget needs -> names of methods that count as them.  Pages of
+# trained runs have no smaller pictures, because they read features of whole ones from
+# a file, and may have pooling trained; sweeps have all of them, training-free.
+NEEDED = {name: FLOORS[name] for name in ('random', 'uniform grid', 'average pooling')}
+NEEDED_OF_SWEEPS = {name: (name,) for name in FLOORS}
+FLOPS_TOLERANCE = 1.02  # how much more a floor of “about” as many FLOPs may need
 
 
 def floors_for(parts: Sequence[Section], part: Section, entry: Entry) -> list[Entry]:
   """The floors of a section that a method is measured against.
 
   Those of its own checkpoint, or if that has none anywhere, of the others; cut in
-  front of all layers or where the method cuts; and of no fewer tokens.
+  front of all layers or where the method cuts; and of as many tokens (same_budget)
+  or more.
   """
+  return [floor for floor in _comparable(parts, part, entry)
+          if floor.placement in ((), entry.placement)]
+
+
+def _comparable(parts: Sequence[Section], part: Section, entry: Entry) -> list[Entry]:
+  """`floors_for`, wherever they cut."""
   own = any(floor.checkpoint == entry.checkpoint for some in parts
             for floor in some.of_role('floor'))
   return [floor for floor in part.of_role('floor')
           if (not own or floor.checkpoint == entry.checkpoint) and
-          floor.placement in ((), entry.placement) and
           (same_budget(floor.average_tokens, entry.average_tokens) or
            floor.average_tokens > entry.average_tokens)]
 
 
-def problems(parts: Sequence[Section], needed: Sequence[str] = NEEDED) -> list[str]:
+def problems(parts: Sequence[Section], needed: Mapping[str, Sequence[str]] = NEEDED
+             ) -> list[str]:
   """What keeps the table from being a fair comparison; empty when nothing.
 
   Args:
     parts: of the table.
-    needed: of FLOORS.
+    needed: NEEDED or NEEDED_OF_SWEEPS.
   """
   found = []
   counts = {row['n'] for part in parts for entry in part.entries for row in entry.rows}
@@ -68,12 +75,12 @@ def problems(parts: Sequence[Section], needed: Sequence[str] = NEEDED) -> list[s
   return found
 
 
-def _missing(floors: Sequence[Entry], entry: Entry, needed: Sequence[str]
-             ) -> tuple[str, ...]:
+def _missing(floors: Sequence[Entry], entry: Entry,
+             needed: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
   """Floors that a method lacks, those where it cuts among them."""
   out = []
-  for floor in needed:
-    places = {one.placement for one in floors if one.method in FLOORS[floor]}
+  for floor, names in needed.items():
+    places = {one.placement for one in floors if one.method in names}
     if not places:
       out.append(floor)
     elif floor in ('random', 'uniform grid'):  # those that can be cut anywhere
@@ -84,15 +91,15 @@ def _missing(floors: Sequence[Entry], entry: Entry, needed: Sequence[str]
   return tuple(out)
 
 
-def checked_sections(rows: Sequence[Row], allow_partial: bool,
-                     needed: Sequence[str] = NEEDED) -> tuple[list[Section], list[str]]:
+def checked_sections(rows: Sequence[Row], allow_partial: bool
+                     ) -> tuple[list[Section], list[str]]:
   """Sections and their problems; any problem is an error unless allowed.
 
   Raises:
     ConfigError: floors are missing, or rows are not comparable.
   """
   parts = sections(rows)
-  found = problems(parts, needed)
+  found = problems(parts)
   if found and not allow_partial:
     raise ConfigError(
         f'report: {"; ".join(found)}. Evaluate what is missing, or allow a '
@@ -129,10 +136,11 @@ def findings(parts: Sequence[Section], metric: str = 'accuracy', most: float = 1
         best = max(floors, key=lambda floor: floor.accuracy)
         line += f'; best floor: {best.name} {show(best.accuracy)}'
         line += _verdict(entry, best, most)
-        others = [(', though cut elsewhere', part.of_role('floor')),
-                  (f' at no more than {quantity(entry.flops, "FLOP")}', [
+        others = [(', though cut elsewhere', _comparable(parts, part, entry)),
+                  (f' at about {quantity(entry.flops, "FLOP")} or less', [
                       one for some in parts if some is not part for one in some.entries
-                      if (one.role == 'floor' or is_full(one)) and
+                      if (one.role == 'floor' and one.trained <= entry.trained or
+                          is_full(one)) and
                       one.flops <= FLOPS_TOLERANCE * entry.flops])]
         for how, some in others:
           other = max(some, key=lambda one: one.accuracy, default=best)

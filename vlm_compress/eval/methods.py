@@ -18,6 +18,8 @@ from vlm_compress.config import LlavaConfig, check
 from vlm_compress.eval.calibration import check_dial, check_target
 
 FLOORS = ('random', 'uniform', 'avg_pool', 'downsample')
+# Methods whose cuts can be placed.
+PLACED = (*peers.ANYWHERE, *peers.IN_LAYERS)
 # VoCo-LLaMA's baselines (Table 1): a checkpoint each, trained at one count.
 RESAMPLERS = ('qformer', 'avg_pool_linear')
 
@@ -51,14 +53,15 @@ def method_config(name: str, base: LlavaConfig, budget: float | None = None,
     base: config of the checkpoint.
     budget: visual tokens; None for full, or for what a checkpoint was trained
       for.
-    prune_after: for selections of tokens, where they are cut; None is in front
-      of all layers.  A floor beside a method that cuts deeper is fair only with
-      that method's placement.
+    prune_after: for PLACED, layers behind which tokens are cut; None is in front
+      of all layers, and of peers the paper's placement.
 
   Raises:
     ConfigError: unknown name, or a model or budget that does not fit.
   """
   check(name in METHODS, f'method {name!r} is unknown; use one of {", ".join(METHODS)}')
+  check(prune_after in (None, (0,)) or name in PLACED, f'prune_after={prune_after}: where '
+        f'tokens are cut can be chosen for {", ".join(PLACED)}, not for {name}')
   check(budget is None or 0 < budget <= base.num_patches, f'a budget of {budget} tokens: '
         f'more than 0 and at most {base.num_patches}')
   return METHODS[name](base, budget, prune_after)

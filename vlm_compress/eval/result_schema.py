@@ -71,7 +71,7 @@ A sweep directory (`vlm-compress sweep --out SWEEP`):
   runs/<cell>/   run directories; cell = checkpoint/method/budget/benchmark/seed,
                  joined by '--'; error.txt has the traceback of one that crashed
   rows.json      {'schema', 'rows': [ROW], 'failed': [{'cell', 'error'}],
-                 'missing': [cell], 'partial': bool}
+                 'partial': bool, 'times_failed': why there are no times, or null}
   times.json     {'key', 'lines': {line: {'seconds', 'ratio', 'rounds', 'questions'}}}:
                  seconds of a question to its first token, measured in turn, and the
                  ratio to the full model; see cli/sweep_times.py

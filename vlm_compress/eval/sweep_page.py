@@ -47,7 +47,7 @@ def page(found: Sequence[st.Bench], content: Mapping[str, Any],
   for bench in found:
     out.append(blocks.Section(f'{bench.metric} ({bench.name})', [
         *_bench(bench), *_examples(bench, details)]))
-  out.append(blocks.Section('How to read the tables', [blocks.Note(st.HOW_TO_READ)]))
+  out.append(blocks.Section('How to read the tables', [blocks.Bullets(st.HOW_TO_READ)]))
   out.append(_runs(found))
   if content.get('versions'):
     out.append(blocks.Section('Versions', [blocks.Pairs(content['versions'])]))
@@ -65,10 +65,8 @@ def _alerts(found: Sequence[st.Bench], content: Mapping[str, Any]) -> list[Any]:
     out.append(blocks.Alert(
         'Failed runs.', f'{len(failed)} of the sweep have no numbers; error.txt in '
         'their directories has the traceback:', failed))
-  gone = set(content['missing']) - {one['cell'] for one in content['failed']}
-  if gone:
-    out.append(blocks.Alert('Missing runs.', f'{len(gone)} were not finished:',
-                            sorted(gone)))
+  if content['times_failed']:
+    out.append(blocks.Alert('No times.', content['times_failed'], []))
   some = [f'{bench.name}: {bench.asked}.' for bench in found if bench.partial]
   if some:
     out.append(blocks.Alert('Part of the questions.', 'Numbers are of these only, and no '
@@ -124,7 +122,7 @@ def _latency(bench: st.Bench) -> blocks.Figure:
   return blocks.Figure(
       f'{bench.stem}-latency', report.png(figure),
       f'{bench.metric} against measured time: seconds of a question to its first token, '
-      'without the vision tower, all methods in turn. Bars are 95 % intervals of the value. '
+      'texts and vision features ready, all methods in turn. Bars are 95 % intervals of the value. '
       'Lines join the budgets of a method.',
       f'{bench.metric} against seconds to the first token, a line per method; the '
       'numbers are in the table above.')

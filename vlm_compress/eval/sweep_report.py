@@ -72,7 +72,7 @@ def _content(path: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise DataError(f'{path} is no JSON ({error}); run the sweep again, it keeps what is '
                     'finished') from error
-  check_fields(content, ('schema', 'rows', 'failed', 'missing', 'partial'), str(path))
+  check_fields(content, ('schema', 'rows', 'failed', 'partial', 'times_failed'), str(path))
   check(content['schema'] == SCHEMA, f'{path} has schema {content["schema"]}, not {SCHEMA}; '
         'run the sweep again')
   check(bool(content['rows']), f'{path} has no row: no run of the sweep could be scored')

@@ -92,7 +92,6 @@ def _differences(runs: Mapping[Cell, Run], cell: Cell, run: Run) -> dict[str, An
   """
   gaps: dict[str, list[scoring.Interval]] = {}
   own = tuple((run.config['model']['atp'] or {}).get('prune_after', ()))
-  own = () if own == (0,) else own  # in front of all layers
   for other, floor in runs.items():
     if other.method in (*methods.FLOORS, TRAINED_FLOOR) and other != cell and (
         other.benchmark, floor.result['budget']) == (

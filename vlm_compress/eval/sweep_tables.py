@@ -20,30 +20,32 @@ COLUMNS = ('method', 'tokens avg', 'tokens in', 'prefill', 'KV cache', 'first to
            'value, 95 % interval', 'of full', 'retention', 'agrees with full', 'n', 'seeds')
 HOW_TO_READ = (
     'Values are in the scale named above each table, with 95 % bootstrap intervals that '
-    'resample pictures (or questions that are scored together). “Tokens avg” are visual '
-    'tokens that enter a decoder layer, mean over layers and questions; “tokens in” those '
-    'that enter the first; prefill counts the language model, 2 FLOPs for a multiply-add, '
-    'and is a mean over questions, as is the KV cache. “Tokens in” of VoCo are '
-    'what text reads; its prefill counts the compression of all visual tokens, too. '
-    '“First token” is the time of a question up to the first token of its answer, in one '
-    'batch of questions about different pictures, and its ratio to the full model: medians '
-    'of rounds in which all lines take turns in one process, on the first seed’s models. '
-    'It has compression and prefill, but not the vision tower, whose features are kept. '
-    'At equal tokens prefill is nearly equal, too; VoCo needs more than the full model '
-    'the first time, and what its row in the table says of the KV cache afterwards: at '
-    'its FLOPs, the full model is the floor. “Of full” is the value '
-    'divided by the full model’s (ATP-LLaVA’s ratio); retention is (x − LB) / (UB − LB) '
-    '(VoCo-LLaMA), left out where there are no bounds or their gap lies within noise; '
-    '“agrees with full” is the share of questions answered as the full model did, right '
-    'or wrong. n is the number of questions that the value is over. With several seeds '
-    'all numbers are means over them, the interval reaches from the lowest end to the '
-    'highest, and the last column has the lowest and highest value of a seed. Floors '
-    '(random tokens, a uniform grid, average pooling, a smaller picture) need no method: a '
-    'method is worth what it adds to the best of them. Pooled and smaller pictures have few '
-    'sizes, the next that is not below the budget. Differences are to floors in front of '
-    'all layers and “at its cuts”, where the method cuts; a better one elsewhere, or one of '
-    'no more FLOPs, is named. “Training-free” lines use a decoder that was not '
-    'trained under their selection.')
+    'resample pictures (or questions that are scored together). With several seeds all '
+    'numbers are means over them, the interval reaches from the lowest end to the highest, '
+    'and the last column has the lowest and highest value of a seed. n is the number of '
+    'questions that the value is over.',
+    '“Tokens avg” are visual tokens that enter a decoder layer, mean over layers and '
+    'questions; “tokens in” those that enter the first. Those of VoCo are what text reads.',
+    'Prefill counts the language model, 2 FLOPs for a multiply-add, and is a mean over '
+    'questions, as is the KV cache. VoCo’s has the compression of all visual tokens, so '
+    'that at its FLOPs the full model is the floor; a picture that is kept pays once. '
+    'Selectors add to what a floor of as many tokens costs.',
+    '“First token” is the time of a question up to the logits of its answer’s first token, '
+    'in one batch of questions about different pictures, and its ratio to the full model: '
+    'medians of rounds in which all lines take turns in one process, on the first seed’s '
+    'models. Texts and vision features are ready; VoCo compresses. What VisionZip does in '
+    'the tower, and what a smaller picture saves there, is not in it.',
+    '“Of full” is the value divided by the full model’s (ATP-LLaVA’s ratio); retention is '
+    '(x − LB) / (UB − LB) (VoCo-LLaMA), left out where there are no bounds or their gap '
+    'lies within noise; “agrees with full” is the share of questions answered as the full '
+    'model did, right or wrong.',
+    'Floors (random tokens, a uniform grid, average pooling, a smaller picture) need no '
+    'method: a method is worth what it adds to the best of them. Pooled and smaller '
+    'pictures have few sizes: the nearest that is at most 5 % below the budget. '
+    'Differences are to floors in front of all layers and “at its cuts”, where the method '
+    'cuts, and to trained pooling; a better floor elsewhere, or one of about as many FLOPs, '
+    'is named. “Training-free” lines use a decoder that was not trained under their '
+    'selection.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ def benches(rows: Sequence[Row], allow_partial: bool) -> list[Bench]:
     out.append(Bench(
         key, split, rule, first['metric'], first['scale'], float(first['scale_max']),
         first['n_benchmark'], any(row['partial'] for row in some), parts,
-        (*floors.problems(parts, tuple(tables.FLOORS)), *_other_scales(some))))
+        (*floors.problems(parts, floors.NEEDED_OF_SWEEPS), *_other_scales(some))))
   found = [f'{bench.name}: {line}' for bench in out for line in bench.problems]
   if found and not allow_partial:
     raise ConfigError(

@@ -27,8 +27,8 @@ IN_FRONT = ('divprune', 'cdpruner')
 IN_LAYERS = ('fastv', 'pyramiddrop', 'sparsevlm')
 SHORTER = ('avg_pool', 'downsample', 'visionzip')
 TRAINING_FREE = (*ANYWHERE, *IN_FRONT, *IN_LAYERS, *SHORTER)
-# Floors that come in few sizes: the next one that is not below the budget, so that
-# a method is never set against a floor of fewer tokens.
+# Floors that come in few sizes: the nearest that is at most TOLERANCE below the budget,
+# and any number above.
 FEW_SIZES = ('avg_pool', 'downsample')
 TOLERANCE = 0.05  # of the budget; counts are whole numbers
 
@@ -91,7 +91,7 @@ def at_budget(base: LlavaConfig, method: str, tokens: float,
 
 
 def pooling_count(tokens: float) -> int:
-  """The nearest count that pools to a near-square grid and is not below a budget.
+  """The nearest count that pools to a near-square grid, at most TOLERANCE below a budget.
 
   17 tokens could only be full-height strips, so they are 18, 3 x 6; 16.5 are
   4 x 4, within TOLERANCE.
@@ -133,7 +133,7 @@ def _atp(config: LlavaConfig, method: str, tokens: float,
   else:
     ends = prune_after or (0,)
   check(ends[-1] < M and list(ends) == sorted(set(ends)), f'{method} prunes after '
-        f'layers {ends}, but the model has {M} layers')
+        f'layers {ends}: name layers of {M}, in order')
   counts = (_pyramid_counts(config, tokens, ends) if method == 'pyramiddrop' else
             geometric_counts(config, tokens, ends))
   # With one token behind every cut nothing is chosen any more.

@@ -1,14 +1,15 @@
 """FastV (arXiv 2403.06764): drop visual tokens once, by who is looked at.
 
-After layer K = 2 the visual tokens are ranked by the attention that they get
-from the last token of the prompt, averaged over the heads of that layer
-(section 4.1, phi_attn), and only the first R of them go on.
+After layer K = 2 the visual tokens are ranked by the attention that they get, and
+only the first R of them go on.  The paper speaks of the attention from all other
+tokens; its code takes that from the last token of the prompt, averaged over the
+heads of that layer, and so does this.
 
 Differences to the authors' code, all deliberate:
 * there, the attention of example 0 of a batch picks for all of it; here every
   row has a choice of its own, and so has every image of a row;
-* its in-place form does without a key/value cache, and its masked form saves
-  nothing; here the tokens are gone from layers and caches behind layer K;
+* its masked form saves nothing; here the tokens are gone from layers and caches
+  behind layer K;
 * the last token is that of the prompt: while training, answers do not count.
 Kept tokens stay in order and keep their positions, as there.
 
