@@ -19,7 +19,8 @@ MOST = {'gqa': 100.0, 'mme': 2000.0}
 METRICS = {'gqa': 'GQA accuracy', 'mme': 'MME perception'}
 LABELS = {'full': 'full', 'atp': 'ATP', 'voco': 'VoCo', 'random': 'random',
           'uniform': 'uniform grid', 'avg_pool': 'average pooling',
-          'downsample': 'image downsampling',
+          'downsample': 'image downsampling', 'divprune': 'DivPrune',
+          'avg_pool_linear': 'average pooling + linear',
           'lower_bound': 'lower bound (LB)', 'upper_bound': 'upper bound (UB), C=2'}
 KINDS = {'gqa': ('structural: verify', 'structural: query', 'semantic: obj <b>'),
          'mme': ('existence', 'count')}

@@ -28,7 +28,7 @@ def test_contextual_tokens_by_hand():
   """count 13: 10 dominant patches and 2 contextual tokens of the other six.
 
   Of the others, in grid order a b c d e f, a and d are targets; b, e and f have
-  keys like a's, c's is like d's.
+  keys like a's, c's is like d's, though a's is a hundred times as long.
   """
   rng = np.random.default_rng(0)
   others = np.array([2, 3, 7, 8, 11, 15])
@@ -37,7 +37,7 @@ def test_contextual_tokens_by_hand():
   attention = (attention + rng.uniform(0, 0.1, 16)).astype(np.float32)
   hidden = rng.normal(size=(1, 17, 4)).astype(np.float32)
   keys = rng.normal(size=(1, 16, 2)).astype(np.float32)
-  keys[0, others] = [[1, 0], [8, 1], [0.1, 9], [0, 1], [5, -1], [2, 0]]
+  keys[0, others] = [[10, 0], [8, 1], [0.1, 9], [0, 0.1], [5, -1], [2, 0]]
   got = np.asarray(jax.jit(visionzip.zip_tokens, static_argnums=3)(
       hidden, attention[None], keys, 13))[0]
   patches = hidden[0, 1:]

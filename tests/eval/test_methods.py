@@ -28,7 +28,9 @@ def test_methods_of_a_base_model():
   assert smaller.config.num_query_tokens == 9 and smaller.label == 'image downsampling'
   bound = method_config('upper_bound', base, 1)
   assert bound.label == 'upper bound (UB), C=1' and bound.config.voco.num_voco_tokens == 1
-  assert method_config('lower_bound', base, 2).trained is False
+  assert bound.runs_as == 'upper_bound'
+  lower = method_config('lower_bound', base, 2)
+  assert (lower.trained, lower.runs_as, lower.budget) == (False, 'voco', 2)
   assert method_config('voco', base).budget == 2
 
 
@@ -57,6 +59,16 @@ def test_atp_needs_a_shift_for_another_budget():
   assert other.needs_shift and other.budget == 10
   shifted = methods.with_shift(other, -0.5)
   assert shifted.config.atp.threshold_shift == -0.5 and not shifted.needs_shift
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_places_are_of_methods_that_have_some(name):
+  base = helpers.voco_config(2)
+  if name in ('random', 'uniform', 'fastv', 'pyramiddrop', 'sparsevlm'):
+    assert method_config(name, base, 10, (1,)).config.atp.prune_after == (1,)
+    return
+  with pytest.raises(ConfigError, match=rf'where tokens are cut .* not for {name}'):
+    method_config(name, base, None, (1,))
 
 
 @pytest.mark.parametrize('name, budget, message', [

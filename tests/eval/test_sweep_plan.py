@@ -45,6 +45,22 @@ def test_seeds_of_what_they_change():
       'atp--atp--10--gqa--1', *draws]
 
 
+def test_a_seeded_base_has_a_full_model_of_each_seed():
+  got = names(CONFIGS, [('base', 'voco', ())], ['gqa'], [0, 1], 'base', ['base'])
+  assert [n for n in got if 'full' in n] == [f'base--full--all--gqa--{s}' for s in (0, 1)]
+
+
+@pytest.mark.parametrize('peer, budget, places', [
+    ('divprune', 4, ''), ('cdpruner', 4, ''), ('visionzip', 4, ''), ('fastv', 11, '@2'),
+    ('pyramiddrop', 9, '@1,2,3'), ('sparsevlm', 9, '@1,2,3')])
+def test_peers_stand_beside_floors_in_front_and_where_they_cut(peer, budget, places):
+  got = names(CONFIGS, [('base', peer, (budget,))], ['gqa'], [0], 'base')
+  want = [peer, 'avg_pool', 'downsample', 'random', 'uniform'] + (
+      [f'random{places}', f'uniform{places}'] if places else [])
+  assert sorted(got) == sorted(['base--full--all--gqa--0', *[
+      f'base--{name}--{budget}--gqa--0' for name in want]])
+
+
 @pytest.mark.parametrize('wanted, message', [
     ([('x', 'voco', ())], "no checkpoint 'x'; it has atp, base"),
     ([('base', 'atp', ())], 'no ATP modules'), ([('base', 'vco', ())], 'is unknown'),
@@ -118,6 +134,27 @@ def test_rows_stand_beside_full_bounds_and_floors():
   del runs[cell('upper_bound', 2.0)], runs[cell('full')]
   alone = {row['method']: row for row in sweep_rows.rows(runs, 'base')}['VoCo']
   assert alone['retention'] is None and alone['ratio_to_full'] is None
+
+
+def test_a_run_is_compared_with_the_full_model_of_its_seed():
+  cell = lambda method, seed: Cell('base', 'gqa', method, None, seed)
+  runs = {cell('full', 0): run('full', 20, 16), cell('full', 1): run('full', 10, 16),
+          cell('full', 2): run('full', 5, 16), cell('atp', 1): run('ATP', 5, 8, 8.0),
+          cell('atp', 3): run('ATP', 5, 8, 8.0)}
+  rows = sweep_rows.rows(runs, 'base')
+  assert [row['ratio_to_full'] for row in rows[3:]] == [0.5, 0.25]  # or the first one
+
+
+def test_retention_needs_bounds_that_differ_and_no_cuts():
+  cell = lambda method, budget=2.0, places=(): Cell('base', 'gqa', method, budget, 0, places)
+  runs = {cell('upper_bound'): run('UB', 18, 16), cell('lower_bound'): run('LB', 2, 2, 2.0),
+          cell('voco'): run('VoCo', 10, 2, 2.0),
+          cell('random', places=(3,)): run('random', 6, 2, 2.0)}
+  of = lambda method: next(row['retention'] for row in sweep_rows.rows(runs, 'base')
+                           if row['method'] == method)
+  assert of('VoCo') == 0.5 and of('random') is None
+  runs[cell('lower_bound')] = run('LB', 17, 2, 2.0)  # one question apart: noise
+  assert of('VoCo') is None
 
 
 def test_the_table_as_csv_and_parquet(tmp_path):

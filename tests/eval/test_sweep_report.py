@@ -229,6 +229,27 @@ def test_a_floor_of_fewer_tokens_is_none_and_one_of_more_is(tmp_path):
     sweep_tables.benches(sweep.rows, False)
 
 
+def test_a_method_that_loses_has_its_difference_beside_it(tmp_path):
+  sweep = small(tmp_path)
+  sweep.rows[1].update(accuracy=0.3, ci95=[0.28, 0.32], differences={
+      'uniform grid (training-free)': directories.gap(-0.1)})
+  line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
+  assert 'uniform grid 40.0 %, difference -10.0 points [-11.0, -9.0], not beaten' in line
+
+
+def test_trained_pooling_is_no_floor_that_suffices_and_none_of_a_peer(tmp_path):
+  sweep = small(tmp_path)
+  sweep.add('avg_pool_linear', 0.55, budget=2.0, checkpoint='pool')['trained'] = True
+  peer = sweep.add('divprune', 0.3, budget=2.0)
+  voco, divprune = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
+  assert 'best floor: average pooling + linear 55.0 %' in voco
+  assert 'linear' not in divprune and 'best floor: uniform grid 40.0 %' in divprune
+  sweep.rows.remove(peer)
+  del sweep.rows[3]  # training-free pooling
+  with pytest.raises(ConfigError, match='VoCo at 2 .* lacks the floor rows average pool'):
+    sweep_tables.benches(sweep.rows, False)
+
+
 def test_sections_are_the_budgets_that_were_asked_for(tmp_path):
   sweep = small(tmp_path)
   sweep.add('voco', 0.5, budget=2.2, asked=3.0, checkpoint='voco')
