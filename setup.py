@@ -62,6 +62,10 @@ GCS = [
                                # which Orbax asks about a bucket
 ]
 
+VIDEO = [
+    'av>=18',                  # PyAV: frames of videos, FFmpeg comes in its wheel
+]
+
 NOTEBOOKS = [
     'ipykernel>=7.4',          # the kernel that runs them
     'matplotlib>=3.11',        # their figures
@@ -69,7 +73,7 @@ NOTEBOOKS = [
     'nbformat>=5.11',          # reads them; the test checks for outputs
 ]
 
-TEST = DEMO + CONVERT + GCS + NOTEBOOKS + [
+TEST = DEMO + CONVERT + GCS + VIDEO + NOTEBOOKS + [
     'google-crc32c>=1.9',      # checksums that the tests' gs:// server gives
     'pytest>=9.2',             # test runner
     'pytest-xdist>=3.6',       # one process per core: tests are compile-bound
@@ -105,6 +109,7 @@ setuptools.setup(
         'demo': DEMO,
         'convert': CONVERT,
         'gcs': GCS,
+        'video': VIDEO,
         'test': TEST,
         'parity': PARITY,
         'notebooks': NOTEBOOKS,

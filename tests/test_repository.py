@@ -25,7 +25,7 @@ SETUP_COMMANDS = (
     "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
     '.venv/bin/pytest',
 )
-EXTRAS = {'demo', 'convert', 'test', 'parity', 'notebooks', 'tpu-compile', 'gcs', 'dev'}
+EXTRAS = {'demo', 'convert', 'test', 'parity', 'notebooks', 'tpu-compile', 'gcs', 'video', 'dev'}
 LAYOUT = ('config.py', 'config_values.py', 'sharding.py', 'atomic.py', 'nn/',
           'compress/', 'models/',
           'losses.py', 'decode/', 'convert/', 'data/', 'eval/', 'train/',
@@ -133,7 +133,7 @@ def test_extras_are_the_documented_ones():
 def test_dependencies_have_reasons_and_only_torch_is_pinned():
   lists = setup_lists()
   assert 'torch==2.13.0' in lists['PARITY']
-  for name in ('CORE', 'DEMO', 'CONVERT', 'GCS', 'NOTEBOOKS', 'TEST', 'PARITY'):
+  for name in ('CORE', 'DEMO', 'CONVERT', 'GCS', 'VIDEO', 'NOTEBOOKS', 'TEST', 'PARITY'):
     for requirement in lists[name]:
       assert '==' not in requirement or requirement == 'torch==2.13.0'
   lines = re.findall(r"^    f?'[\w-]+(?:\[\w+\])?[><=].*$", read('setup.py'),
@@ -148,7 +148,7 @@ def test_core_has_no_torch_and_no_extra():
   core = {package_name(r) for r in lists['CORE'] if r.strip('; ')}
   assert {'clu', 'tensorflow-datasets', 'tensorboard', 'tensorflow',
           'tensorflow-cpu', 'jax', 'flax'} <= core
-  for name in ('DEMO', 'CONVERT', 'GCS', 'PARITY', 'NOTEBOOKS'):
+  for name in ('DEMO', 'CONVERT', 'GCS', 'VIDEO', 'PARITY', 'NOTEBOOKS'):
     assert not core & {package_name(r) for r in lists[name]}
 
 

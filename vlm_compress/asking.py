@@ -9,11 +9,13 @@ compiles its own programs.
 
 Questions of a window have prompts of the same padded length, so there are few
 shapes.  An answer does not depend on its window, batch or replica.
+
+A question about a video has its frames as pictures, in the order of time; they are
+decoded once for a window, and kept as the tower sees them.
 """
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -30,18 +32,19 @@ import jax
 
 from vlm_compress import api, sharding
 from vlm_compress.batches import Answer, Request, answer_batches
-from vlm_compress.config import LlavaConfig, check
+from vlm_compress.config import ConfigError, LlavaConfig, check
 from vlm_compress.convert.processor import PROCESSOR
 from vlm_compress.convert.vocabulary import TOKENIZER
-from vlm_compress.data import images as images_lib
+from vlm_compress.data import video
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.prompts import prompt_row
 from vlm_compress.decode.identity import fingerprint
 from vlm_compress.eval.answer_log import ShardLog
+from vlm_compress.eval.benchmarks.pictures import num_pictures, pictures
 from vlm_compress.eval.benchmarks.question import Question, QuestionSet
 from vlm_compress.eval.methods import MethodConfig
 from vlm_compress.models.sequence import TEXT
-from vlm_compress.vlm import Vlm, padded
+from vlm_compress.vlm import UPPER_BOUND, Vlm, padded
 
 # Batches in a window where rows regroup behind modules; otherwise it is one.
 REGROUPED = 4
@@ -56,10 +59,12 @@ class Settings:
     batch_size: questions at a time, per replica; changes no answer.
     max_new_tokens: longest answer.
     seed: of the selector 'random'.
+    frames: of a video that a question is about, each a picture.
   """
   batch_size: int = 8
   max_new_tokens: int = 128
   seed: int = 0
+  frames: int = video.NUM_FRAMES
 
 
 class Replica:
@@ -156,13 +161,13 @@ class _Prompt:
 
 
 def check_pictures(questions: QuestionSet) -> list[Question]:
-  """Questions whose picture's file is not there.
+  """Questions whose picture's or video's file is not there.
 
   Raises:
-    ConfigError: videos, which are not asked here.
+    ConfigError: there are videos, and nothing that reads them.
   """
-  check(not questions.benchmark.endswith('_qa'), f'{questions.benchmark} asks about '
-        'videos, which evaluate does not read; score an answer file instead')
+  if questions.videos:
+    video.check_installed(questions.benchmark)
   there: dict[str, bool] = {}
   for q in questions.questions:
     if q.image is not None and q.image not in there:
@@ -174,8 +179,36 @@ def missing_message(questions: QuestionSet, gone: Sequence[Question]) -> str:
   """What is said about pictures without a file."""
   names = list(dict.fromkeys(str(questions.image_path(q)) for q in gone))
   return (f'{questions.source}: {len(gone):,} of {len(questions.questions):,} questions '
-          f'ask about {len(names):,} picture(s) that are not there '
+          f'ask about {len(names):,} {"video" if questions.videos else "picture"}(s) '
+          f'that are not there '
           f'({", ".join(names[:_SHOWN])}{", ..." if len(names) > _SHOWN else ""})')
+
+
+def check_frames(vlm: Vlm, method: MethodConfig, questions: QuestionSet,
+                 settings: Settings) -> None:
+  """Whether a video's frames have room in a prompt, before anything is asked.
+
+  Looks at the first question about a video and at the longest.
+
+  Raises:
+    ConfigError: they have none; says what helps.
+    DataError: the template cannot say it, or a word is unknown.
+  """
+  if not questions.videos:
+    return
+  limit = vlm.config.text.max_position_embeddings
+  for q in (questions.questions[0], max(questions.questions, key=lambda q: len(q.prompt))):
+    try:
+      row = _laid_out(vlm, method, q, settings.frames)
+      need = int(row['positions'][-1]) + 1
+      check(need < limit, f'a row needs {need} positions, which leaves none of text.max_'
+            f'position_embeddings={limit} for an answer')
+    except ConfigError as error:
+      raise ConfigError(
+          f'question {q.id!r}: {settings.frames} frames of {method.config.num_visual_tokens} '
+          f'visual tokens are too many: {error}. Ask with fewer --frames, or with a method '
+          'that puts fewer tokens in front of the decoder (voco, avg_pool, downsample); '
+          'those that drop tokens leave positions as they are') from error
 
 
 def ask_shard(checkpoint: Checkpoint, method: MethodConfig, questions: QuestionSet,
@@ -198,29 +231,34 @@ def ask_shard(checkpoint: Checkpoint, method: MethodConfig, questions: QuestionS
       return _ask(replica.running(method.config), method, questions, window, settings,
                   log.index)
   with log.writing():  # in which it is known what is open
-    windows = _windows(checkpoint.vlm, method, log.open_questions, settings)
+    windows = _windows(checkpoint.vlm, method, questions, log.open_questions, settings)
     for rows in _dealt(checkpoint.replicas, windows, ask):
       log.add(rows)
       advance(len(rows))
     log.finish()
 
 
-def _windows(vlm: Vlm, method: MethodConfig, questions: Sequence[Question],
-             settings: Settings) -> list[list[_Prompt]]:
-  """Questions in windows of one shape."""
+def _laid_out(vlm: Vlm, method: MethodConfig, question: Question, num_images: int
+              ) -> dict[str, Any]:
+  """The question's row, as `vlm.prepare` lays it out."""
+  count = (method.config.voco.num_voco_tokens if num_images and method.runs_as in
+           ('voco', UPPER_BOUND) else 0)
+  try:
+    return prompt_row(question.prompt, num_images, vlm.tokenizer, method.config,
+                      vlm.template(), count, hides=method.runs_as != UPPER_BOUND)
+  except DataError as error:
+    raise DataError(f'question {question.id!r}: {error}') from error
+
+
+def _windows(vlm: Vlm, method: MethodConfig, questions: QuestionSet,
+             some: Sequence[Question], settings: Settings) -> list[list[_Prompt]]:
+  """Some of the questions, in windows of one shape."""
   buckets: dict[tuple, list[_Prompt]] = {}
-  count = (method.config.voco.num_voco_tokens if method.runs_as in
-           ('voco', 'upper_bound') else 0)
-  template = vlm.template()
-  for q in questions:
-    pictures = int(q.image is not None or q.picture is not None)
-    try:
-      row = prompt_row(q.prompt, pictures, vlm.tokenizer, method.config, template,
-                       count * pictures)
-    except DataError as error:
-      raise DataError(f'question {q.id!r}: {error}') from error
+  for q in some:
+    num_images = num_pictures(questions, q, settings.frames)
+    row = _laid_out(vlm, method, q, num_images)
     length = padded(len(row['input_ids']))
-    buckets.setdefault((pictures, length), []).append(_Prompt(
+    buckets.setdefault((num_images, length), []).append(_Prompt(
         q, length, int((row['token_types'] == TEXT).sum()),
         int(row['prompt_mask'].sum())))
   size = settings.batch_size * (REGROUPED if method.runs_as == 'atp' else 1)
@@ -269,14 +307,14 @@ def _ask(vlm: Vlm, method: MethodConfig, questions: QuestionSet,
          ) -> list[dict[str, Any]]:
   """Answers of a window as rows of result_schema.py."""
   start, programs = time.monotonic(), len(vlm.segmented.programs)
-  pictures: dict[Any, Any] = {}
-  requests = [Request(p.question.prompt, _pictures(questions, p.question, pictures),
+  opened: dict[Any, list[Any]] = {}
+  requests = [Request(p.question.prompt, _opened(vlm, questions, p.question, settings, opened),
                       zlib.crc32(p.question.id.encode()) & 0x7fffffff) for p in window]
   rows = []
   for ids, answers in answer_batches(
       vlm, requests, method=method.runs_as, batch_size=settings.batch_size,
       max_new_tokens=settings.max_new_tokens, seed=settings.seed):
-    rows += [_row(vlm.config, method, window[i], bool(requests[i].images), answer)
+    rows += [_row(vlm.config, method, window[i], len(requests[i].images), answer)
              for i, answer in zip(ids, answers)]
   seconds = (time.monotonic() - start) / len(window)
   for row in rows:
@@ -285,32 +323,18 @@ def _ask(vlm: Vlm, method: MethodConfig, questions: QuestionSet,
   return rows
 
 
-def _pictures(questions: QuestionSet, question: Question, opened: dict[Any, Any]
-              ) -> list[Any]:
-  """The question's picture, decoded once for a window; [] if it has none."""
+def _opened(vlm: Vlm, questions: QuestionSet, question: Question, settings: Settings,
+            opened: dict[Any, list[Any]]) -> list[Any]:
+  """The question's pictures as the tower sees them, decoded once for a window."""
   key = question.image or question.picture
-  if key is None:
-    return []
   if key not in opened:
-    opened[key] = picture_of(questions, question)
-  return [opened[key]]
+    # A video's frames one at a time: as they come they may be large.
+    opened[key] = [vlm.pixels(picture) for picture in pictures(
+        questions, question, settings.frames)]
+  return opened[key]
 
 
-def picture_of(questions: QuestionSet, question: Question) -> Any:
-  """The question's picture, which it must have, decoded.
-
-  Raises:
-    DataError: it is none; names the question.
-  """
-  try:
-    return images_lib.open_picture(
-        questions.image_path(question) if question.image is not None else
-        base64.b64decode(question.picture))
-  except (DataError, ValueError, FileNotFoundError) as error:
-    raise DataError(f'{questions.source}: question {question.id!r}: {error}') from error
-
-
-def _row(config: LlavaConfig, method: MethodConfig, prompt: _Prompt, pictured: bool,
+def _row(config: LlavaConfig, method: MethodConfig, prompt: _Prompt, num_images: int,
          answer: Answer) -> dict[str, Any]:
   layers = config.text.num_hidden_layers
   if answer.visual_tokens is not None:
@@ -318,7 +342,7 @@ def _row(config: LlavaConfig, method: MethodConfig, prompt: _Prompt, pictured: b
   else:
     each = (config.voco.num_voco_tokens if method.runs_as == 'voco' else
             config.num_visual_tokens)
-    visual = [each if pictured else 0] * layers
+    visual = [each * num_images] * layers
   row = {'question_id': prompt.question.id, 'prediction': answer.text,
          'answer_tokens': len(answer.token_ids), 'ended': answer.ended,
          'visual_tokens': visual, 'text_tokens': prompt.text_tokens,

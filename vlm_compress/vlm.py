@@ -307,7 +307,8 @@ def prepare(vlm: Vlm, prompt: str | Sequence[Turn], images: Sequence[Any],
   if method == 'full':
     config = dataclasses.replace(config, voco=None, atp=None)
   hidden = config.voco.num_voco_tokens if method == UPPER_BOUND and images else 0
-  row = prompt_row(prompt, len(images), vlm.tokenizer, config, template, hidden)
+  row = prompt_row(prompt, len(images), vlm.tokenizer, config, template, hidden,
+                   hides=method != UPPER_BOUND)
   shape = (0, config.num_patches, config.vision.hidden_size)
   if kept:
     return _kept_row(vlm, row, kept[0], np.zeros(shape))

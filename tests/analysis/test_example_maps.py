@@ -60,7 +60,7 @@ def test_masks_have_the_counts_of_the_answers(folder, tmp_path, name, budget, pl
   if name == 'random':  # the seed is that of the run
     question = next(q for q in questions.questions if q.id == '00')
     again, other = (example_maps.module_keep(
-        vlm, question, questions.image_path(question), seed) for seed in (SEED, SEED + 1))
+        vlm, question, [questions.image_path(question)], seed) for seed in (SEED, SEED + 1))
     assert (again.reshape(-1, 4, 4) == example_log.masks(examples['00'])).all()
     assert (other != again).any()
 

@@ -127,8 +127,8 @@ def test_arguments_that_do_not_fit(folder, tmp_path, capsys):
   assert 'belongs to method atp' in refused('--threshold-shift=1')
   assert '--rule=x: gqa has official' in refused('--rule=x')
   assert 'no place beside' in refused('--num-voco-tokens=1')
-  assert 'videos' in refused('--benchmark=msvd_qa',
-                             data=ROOT / 'tests/eval/benchmarks/data')
+  assert 'video(s) that are not there' in refused(
+      '--benchmark=msvd_qa', data=ROOT / 'tests/eval/benchmarks/data')
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full/notes.txt').touch()
   assert cli.main(words(folder, tmp_path / 'full')) == 2

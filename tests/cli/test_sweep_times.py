@@ -62,7 +62,7 @@ def test_what_is_timed_is_what_is_asked(asked, name, budget):
   method = method_config(name, vlm.config, budget)
   other = dataclasses.replace(vlm, config=method.config)
   some = sweep_times.one_batch(questions, vlm, 3)
-  requests = [Request(q.prompt, [sweep_times.picture_of(questions, q)], i)
+  requests = [Request(q.prompt, list(sweep_times.pictures(questions, q, 1)), i)
               for i, q in enumerate(some)]
   got = ready_batch(other, requests, method.runs_as)().logits
   for i, request in enumerate(requests):

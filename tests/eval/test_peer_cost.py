@@ -8,9 +8,9 @@ import core_helpers as helpers
 import numpy as np
 import pytest
 
-from vlm_compress.compress.baselines import budget
+from vlm_compress.compress.baselines import budget, sparsevlm
 from vlm_compress.config import AtpConfig, TextConfig
-from vlm_compress.eval import efficiency
+from vlm_compress.eval import efficiency, peer_cost
 from vlm_compress.eval.methods import label
 
 # D = 4, N = 2, K = 1, H = 2, M = 4; P = 16.
@@ -42,6 +42,15 @@ def test_by_hand():
   # int(1.5) + 1 = 2 clustered tokens: 2 * 4 * (9 + 4).
   assert flops(_peer('sparsevlm', (1, 2), (8, 3)), [16, 8, 3, 3], 3) == (
       384 + 576 + 104)
+
+
+@pytest.mark.parametrize('alive, count', [(576, 300), (300, 200), (200, 110), (64, 20)])
+def test_clustered_tokens_are_those_of_the_selector(alive, count):
+  deleted, back = sparsevlm.deletions_for(np.array([alive]), np.array(count), 576)
+  assert alive - int(deleted[0]) + int(back[0]) == count
+  members = int(sparsevlm.num_candidates(deleted)[0])
+  assert peer_cost._clustered(np.array(alive - count)) == members
+  assert (alive, members) != (576, 83)  # as if clusters did not come back
 
 
 @pytest.mark.parametrize('method', budget.TRAINING_FREE)

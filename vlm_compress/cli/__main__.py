@@ -37,6 +37,7 @@ EXTRAS = {
     'sentencepiece': ('sentencepiece', 'convert'),
     'libtpu': ('libtpu', 'tpu-compile'),
     'gcsfs': ('gcsfs', 'gcs'),
+    'av': ('av', 'video'),
 }
 
 _USER_ERRORS = (ConfigError, DataError, FileNotFoundError, FileExistsError,

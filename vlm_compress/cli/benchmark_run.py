@@ -33,6 +33,7 @@ from vlm_compress.asking import (
   Checkpoint,
   Settings,
   ask_shard,
+  check_frames,
   check_pictures,
   missing_message,
 )
@@ -43,6 +44,7 @@ from vlm_compress.cli.workspace import Message
 from vlm_compress.config import check
 from vlm_compress.config_values import to_dict
 from vlm_compress.data.errors import DataError
+from vlm_compress.data.video import NUM_FRAMES
 from vlm_compress.eval import methods, runs
 from vlm_compress.eval.answer_log import Rows, ShardLog, in_shards, shard_path
 from vlm_compress.eval.benchmarks.question import QuestionSet
@@ -72,6 +74,7 @@ class Job:
     batch_size: questions at a time and replica.
     max_new_tokens: None is the benchmark's.
     allow_partial: leave out questions whose picture is not there.
+    frames: of a video, for questions about one.
   """
   method: str = 'auto'
   budget: float | None = None
@@ -84,6 +87,7 @@ class Job:
   batch_size: int = 8
   max_new_tokens: int | None = None
   allow_partial: bool = False
+  frames: int = NUM_FRAMES
 
 
 def read(benchmark: str, data: pathlib.Path, job: Job) -> tuple[QuestionSet, int, str]:
@@ -160,12 +164,17 @@ def run(out: pathlib.Path, checkpoint: Checkpoint, questions: QuestionSet, total
     What result.json holds.
 
   Raises:
-    ConfigError: the directory belongs to another configuration.
+    ConfigError: the directory belongs to another configuration, or the model has no
+      room for so many frames.
   """
   name, method = resolved(checkpoint, job)
   rule = job.rule or runs.BENCHMARKS[questions.benchmark].RULES[0]
   limit = job.max_new_tokens or MAX_NEW_TOKENS_OF.get(questions.benchmark, MAX_NEW_TOKENS)
   about = {'split': split, 'rule': rule, 'method_key': name, 'seed': job.seed}
+  if questions.videos:
+    about['frames'] = job.frames
+  settings = Settings(job.batch_size, limit, job.seed, job.frames)
+  check_frames(checkpoint.vlm, method, questions, settings)
   first = share[0] == 0
   if first:
     claim(out, {
@@ -186,7 +195,6 @@ def run(out: pathlib.Path, checkpoint: Checkpoint, questions: QuestionSet, total
   if done:
     say(f'{out}: finished already')
     return json.loads((out / runs.RESULTS).read_text())
-  settings = Settings(job.batch_size, limit, job.seed)
   shards = in_shards(questions.questions, job.shards)
   _ask(out, checkpoint, method, questions, shards, settings, say, share)
   if not first:
@@ -196,7 +204,7 @@ def run(out: pathlib.Path, checkpoint: Checkpoint, questions: QuestionSet, total
   replica = checkpoint.replicas[0]
   with replica.here():  # before result.json, which says that all is there
     example_maps.record(out, replica.running(method.config), method, questions,
-                        seed=job.seed)
+                        seed=job.seed, frames=job.frames)
   return runs.finish(out, questions, rows, method, {**about, 'versions': versions()}, total)
 
 
@@ -327,8 +335,10 @@ def main(args: argparse.Namespace, say: Message) -> int:
         'that, and no --threshold-shift')
   job = Job(args.method, args.budget, tuple(args.prune_after) if args.prune_after else None,
             args.threshold_shift, args.rule, args.seed, args.limit, args.shards, args.batch_size,
-            args.max_new_tokens, args.allow_partial)
+            args.max_new_tokens, args.allow_partial, args.frames or NUM_FRAMES)
   questions, total, split = read(args.benchmark, args.data, job)
+  check(args.frames is None or questions.videos, f'--frames belongs to questions about '
+        f'videos; {questions.benchmark} has pictures')
   checkpoint = Checkpoint(args.checkpoint, template=args.template, tensor=args.tensor,
                           devices=jax.local_devices()[:args.devices] if args.devices
                           else None)

@@ -5,11 +5,15 @@
   vlm-compress evaluate --benchmark=gqa --data=eval --checkpoint=llava7b --out=runs/gqa
   vlm-compress evaluate --benchmark=openmoji_grid --data=quickstart --method=random \
     --budget=16 --checkpoint=vlm_compress/checkpoints/quickstart --out=runs/random16
+  vlm-compress evaluate --benchmark=msvd_qa --data=eval --frames=8 --method=voco \
+    --checkpoint=runs/llava_7b/voco/model --out=runs/msvd
   vlm-compress evaluate --check-data eval
 
 With --config and --reference (the model before compression) the floors at equal
 tokens, the bounds and the ratios stand beside it.  With --benchmark one method is
 asked a whole benchmark, in shards, by all hosts; stopped, it goes on where it was.
+Questions about a video are asked with --frames of its frames as pictures, and a
+budget is of each of them.
 --check-data says which files of the public benchmarks are there.
 """
 
@@ -31,6 +35,7 @@ from vlm_compress.config import check
 from vlm_compress.convert.files import TOKENIZER, load_config, load_params
 from vlm_compress.data.templates import TEMPLATES
 from vlm_compress.data.tokenizer import load as load_tokenizer
+from vlm_compress.data.video import NUM_FRAMES
 from vlm_compress.eval import methods, runs
 from vlm_compress.eval.evaluator import Method, questions_of
 from vlm_compress.eval.methods import label
@@ -82,9 +87,11 @@ def _benchmark_flags(p) -> None:
                  help='of random and uniform, which else cut in front of all layers, and of '
                  'FastV, PyramidDrop and SparseVLM: layers behind which tokens are cut')
   p.add_argument('--rule', help='another way to score')
+  p.add_argument('--frames', type=number(int, 1), metavar='F', help='of every video: the '
+                 f'middles of F equal spans of its time ({NUM_FRAMES})')
   p.add_argument('--limit', type=number(int, 1), metavar='N', help='only the first questions')
   p.add_argument('--allow-partial', action='store_true',
-                 help='leave out questions whose picture is not there')
+                 help='leave out questions whose picture or video is not there')
   p.add_argument('--shards', type=number(int, 1), default=benchmark_run.NUM_SHARDS,
                  help='parts of the benchmark, dealt to hosts (%(default)s)')
   p.add_argument('--batch-size', type=number(int, 1), default=8,

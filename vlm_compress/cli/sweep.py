@@ -36,6 +36,7 @@ from vlm_compress.config import ConfigError, check, check_whole
 from vlm_compress.config_values import to_dict
 from vlm_compress.convert.files import load_config
 from vlm_compress.data.errors import DataError
+from vlm_compress.data.video import NUM_FRAMES
 from vlm_compress.eval import runs, sweep_report, sweep_rows, sweep_table
 from vlm_compress.eval.benchmarks.question import QuestionSet
 from vlm_compress.eval.report import print_sections
@@ -113,6 +114,7 @@ def cells_of(page: ConfigDict, say: Message) -> list[Cell]:
   check_whole('limit', page.limit, 0)
   check_whole('shards', page.shards, 1)
   check_whole('time_repeats', page.get('time_repeats', 0), 0)
+  check_whole('frames', page.get('frames', NUM_FRAMES), 1)
   for name in page.benchmarks:
     check(name.partition(':')[0] in runs.BENCHMARKS, f'benchmarks: {name!r} is unknown; '
           f'use one of {", ".join(sorted(runs.BENCHMARKS))}')
@@ -178,7 +180,8 @@ class Runner:
     if cell.method == 'atp' and cell.budget is not None:
       shift = self._shift(cell)
     return Job(cell.method, cell.budget, cell.prune_after or None, shift, None, cell.seed,
-               page.limit or None, page.shards, page.batch_size, None, page.allow_partial)
+               page.limit or None, page.shards, page.batch_size, None, page.allow_partial,
+               page.get('frames', NUM_FRAMES))
 
   def _read(self, cell: Cell, job: Job) -> tuple[QuestionSet, int, str]:
     if cell.benchmark not in self._questions:
@@ -220,6 +223,9 @@ class Runner:
     if there is not None:
       return there
     for name, some in lines.items():
+      if self._questions[name][0].videos:
+        self.say(f'{name}: times of questions about videos are not measured')
+        continue
       full = next(c.line for c in cells if (c.checkpoint, c.method, c.benchmark) == (
           page.base, 'full', name))
       check(any(line.name == full for line in some), f'{full} failed, which times are '

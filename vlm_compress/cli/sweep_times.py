@@ -21,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_compress import atomic
-from vlm_compress.asking import picture_of
 from vlm_compress.batches import Request, ready_batch
 from vlm_compress.cli.workspace import Message
 from vlm_compress.config import ConfigError
 from vlm_compress.data.errors import DataError
 from vlm_compress.data.prompts import prompt_row
 from vlm_compress.eval.benchmark.timing import alternate
+from vlm_compress.eval.benchmarks.pictures import pictures
 from vlm_compress.eval.benchmarks.question import Question, QuestionSet
 from vlm_compress.vlm import Vlm
 
@@ -92,7 +92,7 @@ def measure(lines: Sequence[Line], full: str, questions: QuestionSet, size: int,
   """
   by_name = {line.name: line for line in lines}
   batch = one_batch(questions, by_name[full].vlm, size)
-  requests = [Request(q.prompt, [picture_of(questions, q)], i)
+  requests = [Request(q.prompt, list(pictures(questions, q, 1)), i)
               for i, q in enumerate(batch)]
   runs = {}
   for number, line in enumerate(lines, 1):

@@ -46,20 +46,45 @@ def read_bytes(root: str | os.PathLike, name: str) -> bytes:
       larger than MAX_BYTES.
   """
   path = resolve_path(root, name)
+  size = file_size(path)
+  if size > MAX_BYTES:
+    raise DataError(f'{path}: {size} bytes, more than the limit of '
+                    f'{MAX_BYTES} for a picture; shrink or remove it')
   try:
-    if path.is_dir():
-      raise DataError(f'{path} is a directory; name a picture in it')
-    if not path.is_file():  # before open, which would wait on a pipe
-      raise DataError(f'{path}: no such file; check the data root or fetch the '
-                      'pictures again')
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-      raise DataError(f'{path}: {size} bytes, more than the limit of '
-                      f'{MAX_BYTES} for a picture; shrink or remove it')
     return path.read_bytes()
   except OSError as error:
-    raise DataError(f'{path}: cannot be read ({error.strerror}); check its '
-                    'permissions') from error
+    raise _unreadable(path, error) from error
+
+
+def file_size(path: pathlib.Path, kind: str = 'picture') -> int:
+  """Bytes of a file that a picture or video (`kind`) should be in.
+
+  Raises:
+    DataError: missing, a directory, not a regular file, or out of reach.
+  """
+  try:
+    if path.is_dir():
+      raise DataError(f'{path} is a directory; name a {kind} in it')
+    if not path.is_file():  # before open, which would wait on a pipe
+      raise DataError(f'{path}: no such file; check the data root or fetch the '
+                      f'{kind}s again')
+    return path.stat().st_size
+  except OSError as error:
+    raise _unreadable(path, error) from error
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> DataError:
+  return DataError(f'{path}: cannot be read ({error.strerror}); check its '
+                   'permissions')
+
+
+def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+  """Raises DataError for a picture or frame that is too large, in pixels."""
+  if width * height > max_pixels:
+    raise DataError(_too_large(name, f'{width} x {height}', max_pixels))
+  if max(width, height) > MAX_SIDE:
+    raise DataError(f'{name}: a side of {max(width, height)} pixels, more '
+                    f'than the limit of {MAX_SIDE}; shrink or remove it')
 
 
 def decode(data: bytes, name: str = 'picture',
@@ -80,12 +105,7 @@ def decode(data: bytes, name: str = 'picture',
   """
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      width, height = image.size
-      if width * height > max_pixels:
-        raise DataError(_too_large(name, f'{width} x {height}', max_pixels))
-      if max(width, height) > MAX_SIDE:
-        raise DataError(f'{name}: a side of {max(width, height)} pixels, more '
-                        f'than the limit of {MAX_SIDE}; shrink or remove it')
+      check_size(*image.size, name, max_pixels)
       image.load()
       return image.convert('RGB')
   except DataError:

@@ -35,7 +35,7 @@ def check_prompt(prompt: Any, answered: bool = False) -> None:
 
 def prompt_row(prompt: str | Sequence[Turn], num_images: int,
                tokenizer: Tokenizer, config: LlavaConfig, template: str,
-               num_voco_tokens: int = 0) -> dict[str, np.ndarray]:
+               num_voco_tokens: int = 0, hides: bool = True) -> dict[str, np.ndarray]:
   """Token arrays of a question or a conversation.
 
   Args:
@@ -46,6 +46,9 @@ def prompt_row(prompt: str | Sequence[Turn], num_images: int,
     tokenizer, config: of the model.
     template: name of the conversation template.
     num_voco_tokens: VoCo tokens behind every image.
+    hides: text sees an image by its VoCo tokens only.  Otherwise (VoCo's upper
+      bound) it sees all, so a second image stands behind the first one and not
+      where that does.
 
   Returns:
     The fields of `sequence.ROW_FIELDS`, each [T].
@@ -69,6 +72,8 @@ def prompt_row(prompt: str | Sequence[Turn], num_images: int,
         f'tokenizer.json gives the id {largest}, but the model has '
         f'text.vocab_size={config.text.vocab_size}; take the tokenizer that '
         'belongs to the weights')
+  if not hides:
+    row['positions'] = row['read_positions'] = np.arange(len(row['positions']), dtype=np.int32)
   return row
 
 

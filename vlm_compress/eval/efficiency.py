@@ -256,20 +256,23 @@ def resampler_flops(config: LlavaConfig) -> float:
 
 
 def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
-                   prompt_tokens: np.ndarray) -> np.ndarray:
+                   prompt_tokens: np.ndarray, num_images: int = 1) -> np.ndarray:
   """What the modules between the layers add, summed over modules.
 
   Scores: the query-key products of the layer just run, computed anew and
   reduced to column sums: 2NH (n (n + 1) / 2 + n T) for n visual keys, visual
-  queries and T prompt queries.  Thresholds: Linear(2P, h) and two
+  queries and T prompt queries; with several images also between them, as it
+  is computed.  Thresholds, for each image: Linear(2P, h) and two
   Linear(h, 1).  A 'fixed' selector has no thresholds; 'random' and 'uniform'
   look at nothing.  Peers: `peer_cost.peer_flops`.
 
   Args:
     config: with or without `atp`.
-    visual_tokens: float[..., M], visual tokens that enter each layer.
+    visual_tokens: float[..., M], visual tokens of all images that enter each
+      layer.
     prompt_tokens: float[...] or a number, prompt text after the image; only
       one of them is a query where atp.cross_queries='last'.
+    num_images: images of the row.
 
   Returns:
     float[...] FLOPs; zeros without atp.
@@ -290,7 +293,7 @@ def selector_flops(config: LlavaConfig, visual_tokens: np.ndarray,
     return scores
   width = atp.threshold_hidden_size
   thresholds = 2 * width * (2 * config.num_visual_tokens + 2)
-  return scores + thresholds * len(atp.prune_after)
+  return scores + num_images * thresholds * len(atp.prune_after)
 
 
 # ------------------------------------------------------------ whole models
@@ -321,7 +324,7 @@ def prefill_cost(config: LlavaConfig, visual_tokens: np.ndarray,
       decoder=decoder_flops(text, visual_tokens, text_tokens),
       decoder_dense=decoder_flops(text, visual_tokens, text_tokens,
                                   dense=True),
-      selector=selector_flops(config, visual_tokens, prompt),
+      selector=selector_flops(config, visual_tokens, prompt, num_images),
       lm_head=lm_head_flops(text))
 
 

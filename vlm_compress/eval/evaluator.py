@@ -219,11 +219,16 @@ def _compiled(method: Method, eos_id: int, max_new_tokens: int):
   return jax.jit(run)
 
 
-def cost(method: Method, answers: Answers) -> dict[str, float]:
+def cost(method: Method, answers: Answers, num_images: int = 1) -> dict[str, float]:
   """What a method costs, as means over its questions.
 
   VoCo is charged for compressing every image; its cache holds the VoCo
   tokens and the text.
+
+  Args:
+    method, answers: what answered what.
+    num_images: images of every question, all in front of its text; the newlines
+      between them are counted as if they stood behind all.
 
   Returns:
     prefill_flops (decoder, selector, LM head; needed query-key pairs),
@@ -235,17 +240,18 @@ def cost(method: Method, answers: Answers) -> dict[str, float]:
   text = answers.text_tokens.astype(np.float64)
   M = config.text.num_hidden_layers
   if method.mask == 'voco':
-    read = text - 2  # BOS and the newline behind the image are compressed
-    parts = efficiency.voco_cost(config, read,
+    # BOS and the newlines behind the images are compressed.
+    read = text - 1 - num_images
+    parts = efficiency.voco_cost(config, read, num_images=num_images,
                                  num_voco_tokens=method.num_voco_tokens)
-    cached = read + method.num_voco_tokens
-    if config.voco.text_sees_prefix:
-      cached = cached + 2
+    cached = read + num_images * (
+        method.num_voco_tokens + (2 if config.voco.text_sees_prefix else 0))
     tokens = np.repeat(cached[:, None], M, axis=1)
   else:
-    extra = text + method.num_voco_tokens
+    extra = text + num_images * method.num_voco_tokens
     parts = efficiency.prefill_cost(
         config, answers.entering, extra, prompt_tokens=answers.prompt_tokens,
+        num_images=num_images,
         resampler_flops=efficiency.resampler_flops(config))
     tokens = answers.entering + extra[:, None]
   values = {

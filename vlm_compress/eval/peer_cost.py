@@ -29,7 +29,7 @@ def peer_flops(config: LlavaConfig, visual: np.ndarray,
 
   Args:
     config: with one of these selectors.
-    visual: float[..., M], visual tokens that enter each layer.
+    visual: float[..., M], visual tokens that enter each layer, of all images.
     prompt_tokens: float[...] or a number, prompt text behind the image.
 
   Returns:
@@ -48,11 +48,23 @@ def peer_flops(config: LlavaConfig, visual: np.ndarray,
   behind = np.array(atp.prune_after)
   n, left, T = visual[..., behind - 1], visual[..., behind], T[..., None]
   if atp.selector == 'sparsevlm':
-    members = np.where(n > left, np.floor(0.3 * (n - left)) + 1, 0.0)
-    modules = 2.0 * queries * n * T + 2.0 * members ** 2 * D
+    each = images[..., None]  # clusters are of one image
+    members = np.where(n > left, _clustered((n - left) / each), 0.0)
+    modules = 2.0 * queries * n * T + 2.0 * each * members ** 2 * D
     return modules.sum(-1) + images * 2.0 * P * T[..., 0] * D
   modules = 2.0 * queries * (n + T)
   if atp.selector == 'pyramiddrop':
     keys = text.num_key_value_heads * text.size_per_head
     modules = modules + 2.0 * D * (queries + keys) * (n + T)
   return modules.sum(-1)
+
+
+def _clustered(fewer: np.ndarray) -> np.ndarray:
+  """SparseVLM's tokens to be clustered where an image has so many fewer afterwards:
+  those that go are more by the clusters that come back.
+  """
+  gone = np.asarray(fewer, np.float64)
+  for _ in range(8):  # a tenth of three tenths each time
+    members = np.floor(0.3 * gone) + 1
+    gone = fewer + np.floor(members / 10) + 1
+  return np.floor(0.3 * gone) + 1

@@ -10,7 +10,7 @@ one configuration:
                 (`fingerprint`, `pictures`: hash of their sizes, `number` asked, `of` how
                 many), `checkpoint` (hash of the weights), `tokenizer` (hash of its file
                 and the processor's), `template`, `method_key`, `model` (the config that ran),
-                `runs_as`, `seed`, `num_shards`, `max_new_tokens`
+                `runs_as`, `seed`, `num_shards`, `max_new_tokens`; of videos `frames`
   answers-00003-of-00016.jsonl            a finished shard
   answers-00003-of-00016.partial.jsonl    an unfinished one, in order of answering
   answers.jsonl all shards in the benchmark's order, written at the end
@@ -22,11 +22,15 @@ answers.jsonl, one object per question (ANSWER; `vlm-compress score` reads it):
   prediction     str, what the model said
   answer_tokens  int, tokens of the prediction; ended: 'eos', 'max_new_tokens'
                  or 'context'
-  visual_tokens  float[M], visual tokens that entered each decoder layer; VoCo's
-                 text reads C tokens in all of them
-  kept           int[L], tokens left after each module; only where there are some
-  text_tokens    int, of the prompt with BOS; prompt_tokens: those behind the image
-  latency_seconds   wall clock of its batches, with pictures not seen before, divided by
+  visual_tokens  float[M], visual tokens that entered each decoder layer, of all
+                 frames of a video together; VoCo's text reads C tokens of each
+                 picture in all layers
+  kept           int[L], tokens left after each module, of all frames; only where
+                 there are modules
+  text_tokens    int, of the prompt with BOS; prompt_tokens: those behind the (first)
+                 image
+  latency_seconds   wall clock of its batches, with pictures not seen before and with
+                 decoding videos, divided by
                  their questions, which are `latency_rows`; `compiled`: a
                  program was compiled meanwhile, so it says little
   shard          int
@@ -51,8 +55,11 @@ result.json (RESULT) and a sweep's row (ROW) share these fields:
                  'uniform grid', 'average pooling', 'lower bound (LB)', ...
   method_key     as methods.py and sweeps name it: 'full', 'voco', 'random', ...
   trained        the decoder was trained under this selection of tokens
-  budget         visual tokens that were asked for; null for the full model
+  budget         visual tokens that were asked for, of each picture or frame; null
+                 for the full model
   seed           of random selection; a checkpoint's own seed is its business
+  frames         of every video; only in result.json, only of videos.  Numbers of
+                 tokens, FLOPs and bytes are per question, over all its frames
   input_visual_tokens    that enter the first layer (VoCo: C, that text reads)
   layer_average_tokens   mean over layers, then over questions
   kept_per_layer, kept_std_per_layer   float[M]; not for VoCo, which prunes nothing

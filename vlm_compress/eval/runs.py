@@ -92,7 +92,7 @@ def finish(run: pathlib.Path, questions: QuestionSet, rows: Mapping[str, dict],
     rows: answers by question id.
     method: that answered.
     about: fields of the result that the run knows: method_key, seed, rule,
-      versions, ...
+      versions, frames (of videos), ...
     total: questions there are in the benchmark.
 
   Returns:
@@ -114,6 +114,9 @@ def finish(run: pathlib.Path, questions: QuestionSet, rows: Mapping[str, dict],
   notes = list(scores.notes if scores else questions.notes)
   if partial:
     notes.append(f'partial: {len(questions.questions):,} of {total:,} questions')
+  if questions.videos:
+    notes.append(f'{about["frames"]} frames of every video, from the middles of equal spans '
+                 'of its time; tokens and costs are of all of them')
   if not public:
     notes.append('answers of this split are not public: upload the file of '
                  'vlm-compress score --submission')
@@ -121,7 +124,7 @@ def finish(run: pathlib.Path, questions: QuestionSet, rows: Mapping[str, dict],
             'trained': method.trained, 'budget': method.budget, 'partial': partial,
             'n_asked': len(questions.questions), 'n_benchmark': total,
             **numbers(scores, len(full)),
-            **costs(method, full), 'notes': notes}
+            **costs(method, full, about.get('frames', 1)), 'notes': notes}
   check_fields(result, RESULT, 'result')
   atomic.write_text(run / RESULTS, json.dumps(result, indent=1) + '\n')
   return result
@@ -142,11 +145,17 @@ def numbers(scores: Scores | None, asked: int) -> dict[str, Any]:
           'sums': table.pop('sums'), 'scores': table}
 
 
-def costs(method: MethodConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def costs(method: MethodConfig, rows: Sequence[Mapping[str, Any]], num_images: int = 1
+          ) -> dict[str, Any]:
   """The part of a result that says what the answers cost.
 
   Visual tokens are averaged over the questions with a picture, everything else
-  over all.
+  over all.  Both are of all pictures of a question.
+
+  Args:
+    method: that answered.
+    rows: of answers.jsonl.
+    num_images: pictures of a question that has any: frames of a video, or 1.
   """
   config = method.config
   entering = np.asarray([row['visual_tokens'] for row in rows], np.float64)
@@ -155,7 +164,8 @@ def costs(method: MethodConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
   voco = method.runs_as == 'voco'
   fair = [row['latency_seconds'] for row in rows if not row['compiled']]
   out = {'input_visual_tokens': float(seen[:, 0].mean()),
-         'layer_average_tokens': float(seen.mean()), **_flops(method, rows, entering),
+         'layer_average_tokens': float(seen.mean()), **_flops(
+             method, rows, entering, num_images),
          'latency_seconds': float(np.median(fair)) if fair else None,
          'latency_n': len(fair),
          'generated_tokens': float(np.mean([row['answer_tokens'] for row in rows]))}
@@ -170,7 +180,7 @@ def costs(method: MethodConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def _flops(method: MethodConfig, rows: Sequence[Mapping[str, Any]],
-           entering: np.ndarray) -> dict[str, float]:
+           entering: np.ndarray, num_images: int) -> dict[str, float]:
   """Means over rows; those without a picture pay for none."""
   config, pictured = method.config, entering.sum(1) > 0
   text, prompt = np.asarray([[row['text_tokens'], row['prompt_tokens']] for row in rows],
@@ -186,7 +196,7 @@ def _flops(method: MethodConfig, rows: Sequence[Mapping[str, Any]],
     as_method = Method('', config, None, 'voco' if method.runs_as == 'voco' else 'causal',
                        count)
     add(cost(as_method, Answers([], entering[pictured], nothing, nothing, text[pictured],
-                                prompt[pictured])), pictured.mean())
+                                prompt[pictured]), num_images), pictured.mean())
   if not pictured.all():
     alone = text[~pictured]
     parts = efficiency.prefill_cost(

@@ -85,6 +85,7 @@ class QuestionSet:
     questions: in the order of the official files.
     parts: counts beside the official ones.
     ignored: ids that the official scorer leaves out; answers to them are fine.
+    videos: `image` of the questions is a video.
     notes: what a reader of the scores should know about these files.
   """
   benchmark: str
@@ -94,6 +95,7 @@ class QuestionSet:
   parts: tuple[Part, ...] = ()
   ignored: frozenset[str] = frozenset()
   notes: tuple[str, ...] = ()
+  videos: bool = False
 
   def __post_init__(self):
     if not self.questions:

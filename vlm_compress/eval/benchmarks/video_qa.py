@@ -40,6 +40,8 @@ TYPES = ('motion', 'spatial relation', 'temporal relation', 'yes/no', 'color', '
          'location', 'number', 'other')
 FREE = TYPES[3:]
 VIDEOS = 'videos'
+# Of the releases; of several files of a name the first of these is taken.
+EXTENSIONS = ('.mp4', '.avi', '.mkv', '.webm', '.mov', '.flv', '.m4v', '.wmv', '.mpg')
 _MAPPING = 'youtube_mapping.txt'  # of MSVD: `clip vid17`
 NAMES = {'msvd_qa': 'MSVD-QA', 'msrvtt_qa': 'MSRVTT-QA'}
 REMARK = 'exact match, not comparable with numbers that GPT has judged'
@@ -48,7 +50,7 @@ REMARK = 'exact match, not comparable with numbers that GPT has judged'
 def read(root: pathlib.Path, key: str) -> QuestionSet:
   """The test questions: test_qa.json, or test_q.json and test_a.json.
 
-  Videos are videos/<name> with any extension: v_<video_name> for
+  Videos are videos/<name> with one of EXTENSIONS: v_<video_name> for
   ActivityNet, video<id> for MSRVTT, and for MSVD the clip that
   youtube_mapping.txt gives, or vid<id> without that file.
 
@@ -64,7 +66,7 @@ def read(root: pathlib.Path, key: str) -> QuestionSet:
   path = first_file(root, 'test_qa.json', 'test_q.json')
   paired = path.name == 'test_q.json'
   answers = _answers(first_file(root, 'test_a.json')) if paired else {}
-  names = _video_names(root, key)
+  names, clips = _video_names(root), _clips(root) if key == 'msvd_qa' else {}
   questions = []
   for i, row in enumerate(_list(path)):
     where = f'{path}: question {i}'
@@ -76,14 +78,14 @@ def read(root: pathlib.Path, key: str) -> QuestionSet:
       raise FileNotFoundError(f'{path} holds questions of {other} (see question {i}); the '
                               f'files of {key} are not there')
     text = field(row, 'question', str, where)
-    stem = _stem(row, key, names, where)
+    stem = _stem(row, key, clips, where)
     questions.append(Question(
         str(number), text, f'{text}\n{SHORT_ANSWER}',
         f'{VIDEOS}/{names.get(stem, stem + (".avi" if key == "msvd_qa" else ".mp4"))}',
         answers=(field(label, 'answer', str, where),),
         groups=_groups(row, label, key, where)))
   return QuestionSet(key, root, path, tuple(questions),
-                     (Part('questions', len(questions), (COUNTS[key],)),))
+                     (Part('questions', len(questions), (COUNTS[key],)),), videos=True)
 
 
 def _list(path: pathlib.Path) -> list[Any]:
@@ -123,27 +125,28 @@ def _groups(row: Mapping[str, Any], label: Mapping[str, Any], key: str,
   return {'category': str(field(row, 'category_id', (int, str), where))}
 
 
-def _stem(row: Mapping[str, Any], key: str, names: Mapping[str, str], where: str) -> str:
+def _stem(row: Mapping[str, Any], key: str, clips: Mapping[str, str], where: str) -> str:
   """The video's file name without its extension."""
   if 'video_name' in row:
     name = field(row, 'video_name', str, where)
     return f'v_{name}' if key == 'activitynet_qa' else name
   number = field(row, 'video_id', int, where)
-  return names.get(f'vid{number}', f'vid{number}') if key == 'msvd_qa' else f'video{number}'
+  return clips.get(f'vid{number}', f'vid{number}') if key == 'msvd_qa' else f'video{number}'
 
 
-def _video_names(root: pathlib.Path, key: str) -> dict[str, str]:
-  """File names of videos by stem, and for MSVD clip names by vid<id>."""
-  folder, names = root / VIDEOS, {}
-  if folder.is_dir():
-    names = {path.stem: path.name for path in sorted(folder.iterdir())}
-  if key == 'msvd_qa' and (root / _MAPPING).is_file():
-    names |= _clips(root / _MAPPING)
-  return names
+def _video_names(root: pathlib.Path) -> dict[str, str]:
+  """File names of videos by stem."""
+  folder = root / VIDEOS
+  found = sorted(folder.iterdir()) if folder.is_dir() else []
+  return {path.stem: path.name for extension in reversed(EXTENSIONS) for path in found
+          if path.suffix.lower() == extension}
 
 
-def _clips(path: pathlib.Path) -> dict[str, str]:
-  """vid<id> -> name of the clip."""
+def _clips(root: pathlib.Path) -> dict[str, str]:
+  """vid<id> -> name of the clip, of MSVD; {} without the file that says it."""
+  path = root / _MAPPING
+  if not path.is_file():
+    return {}
   try:
     lines = path.read_text(encoding='utf-8-sig').splitlines()
   except UnicodeDecodeError as e:
