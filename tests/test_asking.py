@@ -169,3 +169,18 @@ def test_what_was_answered_when_another_replica_fails_is_kept(replicas):
       kept += [row['window'] for row in rows]
   assert 0 in kept and set(kept) == set(asked) - {1}
   assert len(asked) < 10
+
+
+def test_programs_of_the_last_few_methods_are_kept(folder):
+  checkpoint = Checkpoint(folder / 'voco', devices=jax.devices()[:1])
+  replica, = checkpoint.replicas
+  configs = [method_config('random', checkpoint.config, n).config for n in range(1, 7)]
+  first = replica.running(configs[0])
+  for config in configs[1:4]:
+    replica.running(config)
+  assert replica.running(configs[0]) is first  # and is now the last one used
+  second = replica.running(configs[1])
+  for config in configs[4:]:
+    replica.running(config)
+  assert replica.running(configs[0]) is first and replica.running(configs[1]) is second
+  assert replica.running(configs[2]) is not None and len(replica._vlms) == 4

@@ -49,6 +49,7 @@ from vlm_compress.vlm import UPPER_BOUND, Vlm, padded
 # Batches in a window where rows regroup behind modules; otherwise it is one.
 REGROUPED = 4
 _SHOWN = 3  # names in a message
+_METHODS_KEPT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Replica:
     self.device = device
     with self.here():
       vlm.segmented  # noqa: B018 - puts the parameters there
-    self._vlms = {vlm.config: vlm}
+    self._vlms: dict[LlavaConfig, Vlm] = {}
     self.vlm = vlm
 
   def here(self) -> contextlib.AbstractContextManager:
@@ -84,12 +85,18 @@ class Replica:
             jax.default_device(self.device))
 
   def running(self, config: LlavaConfig) -> Vlm:
-    """The same parameters under another method; its programs are kept."""
-    if config not in self._vlms:
+    """The same parameters under another method; programs of the last few are kept.
+
+    Not of all: a sweep has hundreds, and a process may map only so much memory.
+    """
+    other = self._vlms.pop(config, None)
+    if other is None:
       other = dataclasses.replace(self.vlm, config=config)
       other.__dict__['segmented'] = self.vlm.segmented.with_config(config)
-      self._vlms[config] = other
-    return self._vlms[config]
+    self._vlms[config] = other  # the last one in the order of use
+    while len(self._vlms) > _METHODS_KEPT:
+      del self._vlms[next(iter(self._vlms))]
+    return other
 
 
 class Checkpoint:
