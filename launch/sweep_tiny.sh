@@ -28,8 +28,10 @@ run() { printf '%q ' "$@"; echo; $dry_run || "$@"; }
 
 for seed in "${seeds[@]}"; do
   for page in "${pages[@]}"; do
+    start=vlm_compress/checkpoints/quickstart
+    [[ $page != voco2 ]] || start=$out/models/voco8/seed$seed/model
     run vlm-compress train "--config=configs/quickstart.py:$page" --no-tensorboard \
-      --config.init_from=vlm_compress/checkpoints/quickstart "--config.train.seed=$seed" \
+      "--config.init_from=$start" "--config.train.seed=$seed" \
       "--data-root=$out/models" "--workdir=$out/models/$page/seed$seed"
   done
 done

@@ -316,7 +316,11 @@ def test_the_tiny_sweep_trains_and_evaluates_what_it_trains(stage, monkeypatch):
   for _, command, *words in trained:
     assert command == 'train'
     args, flags = train_command.parser().parse_known_args(words)
-    override(load_page(args.config), flags)
+    config = load_page(args.config)
+    override(config, flags)
+    start = config.init_from  # the shipped model, or what was trained before
+    assert start in made or (ROOT / start / 'config.json').exists()
+    assert (start in made) == (config.model.get('voco', {}).get('num_voco_tokens') == 2)
     made.add(f'{args.workdir}/model')
   wanted = {page.checkpoints[name].replace('{seed}', str(seed))
             for name in ('voco8', 'voco2', 'qformer8', 'pool8', 'pool16', 'atp')
