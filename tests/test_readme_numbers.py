@@ -6,6 +6,8 @@ import json
 import pathlib
 import re
 
+import full_size
+
 from vlm_compress.cli.train import load_page
 from vlm_compress.eval import compile_report, report
 from vlm_compress.eval.benchmark import report as benchmark_report
@@ -86,3 +88,12 @@ def test_the_sweep_table_is_that_of_the_report():
       assert f'{100 * row["accuracy"]:.1f} \\[{low:.1f}, {high:.1f}\\]' in shown
   assert set(page.methods[i][1] for i in range(len(page.methods))) <= {
       row['method_key'] for row in rows['rows']}
+
+
+def test_the_table_of_full_sizes_is_that_of_its_file():
+  found = json.loads((ROOT / 'results/full_size.json').read_text())
+  shown = (ROOT / 'README.md').read_text().partition(
+      '<!-- full size: begin -->')[2].partition('<!-- full size: end')[0].strip()
+  assert shown == full_size.table(found)
+  assert [row['name'] for row in found['runs']] == list(full_size.RUNS)
+  assert [row['rows'] for row in found['runs']] == [r.rows for r in full_size.RUNS.values()]

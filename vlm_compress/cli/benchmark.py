@@ -128,7 +128,7 @@ def _setting(args: argparse.Namespace) -> dict[str, Any]:
       if importlib.util.find_spec(name)}
   return {'vlm_compress': __version__, 'code': _code_hash(), 'python': platform.python_version(),
           'jax': jax.__version__, 'backend': jax.default_backend(),
-          'cores': os.cpu_count(), 'cpu': _cpu(), 'repeats': args.repeats,
+          'cores': os.cpu_count(), 'cpu': cpu_name(), 'repeats': args.repeats,
           'checkpoint': digest[:16], **outside}
 
 
@@ -141,7 +141,8 @@ def _code_hash() -> str:
   return digest.hexdigest()[:16]
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+  """What the system calls the processor."""
   try:
     text = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8')
   except OSError:

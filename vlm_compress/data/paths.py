@@ -21,10 +21,14 @@ def resolve_path(root: str | os.PathLike, name: str) -> pathlib.Path:
   Raises:
     DataError: the name is empty, or leaves the root.
   """
-  base = os.path.abspath(root)
+  return pathlib.Path(check_below(os.path.abspath(root), name))
+
+
+def check_below(base: str, name: str) -> str:
+  """The same for an absolute, normal `base`, as a text: for many names of one root."""
   path = os.path.normpath(os.path.join(base, name)) if name else base
   inside = path.startswith(os.path.join(base, ''))
   if not inside or '\0' in name:
     raise DataError(f'{name!r}: the path is outside the data root {base}; '
                     'correct it in the data file or move the root up')
-  return pathlib.Path(path)
+  return path

@@ -16,7 +16,8 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlm_compress import atomic
@@ -144,10 +145,10 @@ class ShardLog:
     self.journal.unlink(missing_ok=True)
 
 
-def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes JSON lines, atomically."""
-  atomic.write_text(path, ''.join(
-      f'{json.dumps(row, ensure_ascii=False)}\n' for row in rows))
+def write_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes JSON lines, atomically; no more than a row is held."""
+  with atomic.replace(path) as temporary, open(temporary, 'w', encoding='utf-8') as stream:
+    stream.writelines(f'{json.dumps(row, ensure_ascii=False)}\n' for row in rows)
 
 
 def read_rows(path: pathlib.Path, known: set[str] | None = None) -> Rows:
@@ -179,7 +180,8 @@ def _rows(text: bytes, path: pathlib.Path, known: set[str] | None) -> Rows:
       raise DataError(f'{where}: answers question {key!r} again; {remedy}')
     if known is not None and key not in known:
       raise DataError(f'{where}: question {key!r} is not of this shard; {remedy}')
-    rows[key] = row
+    # Every line would keep names of its own, a third of its memory.
+    rows[key] = {sys.intern(name): value for name, value in row.items()}
   if text and not text.endswith(b'\n'):
     raise DataError(f'{path}: the last line is torn; delete the file, and its '
                     'questions are asked again')

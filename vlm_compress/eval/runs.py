@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,15 +102,7 @@ def finish(run: pathlib.Path, questions: QuestionSet, rows: Mapping[str, dict],
   public = all(q.answers for q in questions.questions)
   scores = module.score(questions, {key: row['prediction'] for key, row in rows.items()},
                         rule=about['rule']) if public else None
-  results = {r.question.id: r for r in scores.results} if scores else {}
-  full = []
-  for q in questions.questions:
-    row = {**rows[q.id], 'unit': unit_of(q), 'image': q.image, 'groups': dict(q.groups),
-           'answers': list(q.answers)}
-    if scores:
-      row |= {'parsed': results[q.id].parsed, 'score': float(results[q.id].score)}
-    full.append(row)
-  write_rows(run / ANSWERS, full)
+  write_rows(run / ANSWERS, _with_scores(questions, rows, scores))
   notes = list(scores.notes if scores else questions.notes)
   if partial:
     notes.append(f'partial: {len(questions.questions):,} of {total:,} questions')
@@ -123,11 +115,24 @@ def finish(run: pathlib.Path, questions: QuestionSet, rows: Mapping[str, dict],
   result = {**about, 'benchmark': questions.benchmark, 'method': method.label,
             'trained': method.trained, 'budget': method.budget, 'partial': partial,
             'n_asked': len(questions.questions), 'n_benchmark': total,
-            **numbers(scores, len(full)),
-            **costs(method, full, about.get('frames', 1)), 'notes': notes}
+            **numbers(scores, len(questions.questions)),
+            **costs(method, [rows[q.id] for q in questions.questions],
+                    about.get('frames', 1)), 'notes': notes}
   check_fields(result, RESULT, 'result')
   atomic.write_text(run / RESULTS, json.dumps(result, indent=1) + '\n')
   return result
+
+
+def _with_scores(questions: QuestionSet, rows: Mapping[str, dict], scores: Scores | None
+                 ) -> Iterator[dict[str, Any]]:
+  """The lines of answers.jsonl."""
+  results = {r.question.id: r for r in scores.results} if scores else {}
+  for q in questions.questions:
+    row = {**rows[q.id], 'unit': unit_of(q), 'image': q.image, 'groups': dict(q.groups),
+           'answers': list(q.answers)}
+    if scores:
+      row |= {'parsed': results[q.id].parsed, 'score': float(results[q.id].score)}
+    yield row
 
 
 def numbers(scores: Scores | None, asked: int) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_compress.data.errors import DataError
-from vlm_compress.data.paths import resolve_path
+from vlm_compress.data.paths import check_below, resolve_path
 
 SHORT_ANSWER = 'Answer the question using a single word or phrase.'
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -101,6 +102,7 @@ class QuestionSet:
     if not self.questions:
       raise DataError(f'{self.source} holds no question')
     seen: set[str] = set()
+    base = os.path.abspath(self.root)
     for question in self.questions:
       if question.id in seen:
         raise DataError(f'{self.source}: the question {question.id!r} occurs '
@@ -108,7 +110,7 @@ class QuestionSet:
       seen.add(question.id)
       if question.image is not None:
         try:
-          resolve_path(self.root, question.image)
+          check_below(base, question.image)
         except DataError as e:
           raise DataError(f'{self.source}: question {question.id!r}: {e}') from e
 
