@@ -83,7 +83,7 @@ def test_the_sweep_table_is_that_of_the_report():
   page = load_page(f'{ROOT}/configs/sweeps.py:tiny')
   assert not rows['failed'] and len(rows['rows']) >= 40
   for row in rows['rows']:  # of one seed a line is that row
-    if row['method'] in ('FastV', 'DivPrune'):
+    if row['method'] in ('FastV', 'DivPrune') and row['budget'] in (24, 16, 8):
       low, high = (100 * x for x in row['ci95'])
       assert f'{100 * row["accuracy"]:.1f} \\[{low:.1f}, {high:.1f}\\]' in shown
   assert set(page.methods[i][1] for i in range(len(page.methods))) <= {
