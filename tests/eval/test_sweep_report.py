@@ -213,7 +213,7 @@ def test_a_method_needs_floors_where_it_cuts_and_in_front(tmp_path):
   sweep.add('uniform', 0.55, budget=2.0, places=(2,))['placement'] = (2,)
   line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
   assert 'not beaten' not in line and line.endswith(
-      '; better, though cut elsewhere: uniform grid (cut after 2) 55.0 %.'), line
+      '; a better floor, though cut elsewhere: uniform grid (cut after 2) 55.0 %.'), line
   del sweep.rows[2]  # the grid in front of all layers
   with pytest.raises(ConfigError, match='lacks the floor rows uniform grid in front of'):
     sweep_tables.benches(sweep.rows, False)
@@ -268,10 +268,10 @@ def test_findings_name_what_needs_no_more_flops(tmp_path):
   assert 'FLOP' not in line
   sweep.rows[1]['prefill_flops'] = 5.89e9  # 2 % more are as many
   line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
-  assert line.endswith('; better at about 5.89 GFLOP or less: random 55.0 %.')
+  assert line.endswith('; a better floor at about 5.89 GFLOP or less: random 55.0 %.')
   sweep.rows[1]['prefill_flops'] = 17e9
   line, = floors.findings(sweep_tables.benches(sweep.rows, False)[0].parts)
-  assert line.endswith('; better at about 17 GFLOP or less: full 60.0 %.')
+  assert line.endswith('; a better floor at about 17 GFLOP or less: full 60.0 %.')
 
 
 def test_partial_runs_have_n_beside_the_number(tmp_path):

@@ -145,7 +145,7 @@ def findings(parts: Sequence[Section], metric: str = 'accuracy', most: float = 1
         for how, some in others:
           other = max(some, key=lambda one: one.accuracy, default=best)
           if other.accuracy > best.accuracy and other not in floors:
-            line += f'; better{how}: {other.name} {show(other.accuracy)}'
+            line += f'; a better floor{how}: {other.name} {show(other.accuracy)}'
       lines.append(f'{line}.')
   return lines
 

@@ -161,7 +161,7 @@ h4 { font-size: .86rem; margin: 1.1rem 0 .2rem; color: #59606b; }
 article h3 { margin: 0; }
 body.wide { max-width: 76rem; }
 .scroll { overflow-x: auto; }
-.scroll td.t small, .scroll th small { display: block; }
+.scroll td small, .scroll th small { display: block; }
 a { color: #1f5fa8; }
 figure { margin: 1rem 0; }
 figure img { width: 100%; height: auto; display: block; }
@@ -219,7 +219,6 @@ section { overflow-x: auto; }
     print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   section, .scroll { overflow: visible; }
   a { color: inherit; }
-  .scroll td small { display: block; }
   .wide table { font-size: 6.6pt; }
   .wide th, .wide td { padding: .15rem .22rem; white-space: normal; }
   .wide .scroll td:not(.t) { white-space: nowrap; }
