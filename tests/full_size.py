@@ -183,12 +183,10 @@ def _runs() -> dict[str, Run]:
                                              mean('accuracy', 'data', 'video'))),
       Run('seed image', 'seed', 14_233, seed, soft, keep=kind('image'), asked=False),
       Run('seed video', 'seed', 5_009, seed, soft, keep=kind('video'), asked=False),
-      Run('msvd_qa', 'msvd_qa', 13_157, sized(files.video_qa, 13_157, False), match,
-          asked=False),
-      Run('msrvtt_qa', 'msrvtt_qa', 72_821, sized(files.video_qa, 72_821, True), match,
-          asked=False),
+      Run('msvd_qa', 'msvd_qa', 13_157, sized(files.video_qa, 13_157, False), match),
+      Run('msrvtt_qa', 'msrvtt_qa', 72_821, sized(files.video_qa, 72_821, True), match),
       Run('activitynet_qa', 'activitynet_qa', 8_000, sized(files.activitynet_qa, 8_000),
-          both(mean('exact'), match), asked=False),
+          both(mean('exact'), match)),
   ]
   return {run.name: run for run in runs}
 

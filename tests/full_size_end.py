@@ -18,6 +18,7 @@ from full_size_words import write_answers
 
 from vlm_compress import resident
 from vlm_compress.cli.benchmark_run import NUM_SHARDS
+from vlm_compress.data.video import NUM_FRAMES
 from vlm_compress.eval import methods, runs
 from vlm_compress.eval.answer_log import ShardLog, in_shards, shard_path
 from vlm_compress.eval.benchmarks import catalogue
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
   for i, shard in enumerate(shards):
     rows.update(ShardLog(run, i, len(shards), shard).rows)
   about = {'split': split, 'rule': runs.BENCHMARKS[key].RULES[0], 'method_key': 'full',
-           'seed': 0}
+           'seed': 0, **({'frames': NUM_FRAMES} if questions.videos else {})}
   runs.finish(run, questions, rows, methods.method_config('full', preset('llava_1_5_7b')),
               about, len(questions.questions))
   return 0
