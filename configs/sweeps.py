@@ -46,7 +46,7 @@ def get_config(name: str = 'tiny') -> ConfigDict:
                       ('base', 'sparsevlm', (16, 24, 32))),
           'benchmarks': {'openmoji_grid': MODELS},
           'seeds': (0, 1, 2), 'batch_size': 16, 'limit': 800,  # 100 pictures
-          'shards': 2, 'time_repeats': 7,  # many shards have many shapes to compile
+          'time_repeats': 7, 'shards': 2,  # many shards have many shapes to compile
           # shifts are found on the training split
           'calibrations': {'atp': ''}, 'calibrate_with': 'configs/quickstart.py:atp',
           'calibrate_data_root': MODELS},

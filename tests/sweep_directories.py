@@ -152,3 +152,12 @@ def whole(home: pathlib.Path) -> Sweep:
     sweep.add('upper_bound', 0.59, **some)
     sweep.floors(2.0, 0.46, **some)
   return sweep
+
+
+def small(home: pathlib.Path) -> Sweep:
+  """A sweep of one benchmark with one method and its floors."""
+  sweep = Sweep(home)
+  sweep.add('full', 0.6)
+  sweep.add('voco', 0.5, budget=2.0, checkpoint='voco')
+  sweep.floors(2.0, 0.4)
+  return sweep

@@ -149,6 +149,14 @@ def test_missing_pictures(folder, tmp_path, capsys):
   assert 'note: partial: 14 of 18 questions' in lines
 
 
+def test_no_question_left_is_said(folder, tmp_path, capsys):
+  data = small_benchmark.write_gqa(tmp_path / 'data')
+  for path in (data / 'gqa/images').iterdir():
+    path.unlink()
+  assert cli.main(words(folder, tmp_path / 'x', '--allow-partial', data=data)) == 2
+  assert 'no question is left to ask' in capsys.readouterr().err
+
+
 def test_compare(folder, finished, tmp_path, capsys):
   lower = folder / 'lower1'
   assert cli.main(words(folder, lower, '--budget=1')) == 0

@@ -19,13 +19,15 @@ def test_cases_take_turns(monkeypatch):
   ran, rests = [], []
   monkeypatch.setattr(timing.time, 'sleep', rests.append)
   cases = {name: lambda name=name: ran.append(name) for name in 'abc'}
-  got = timing.alternate(cases, repeats=2, warmup=1,
+  got = timing.alternate(cases, repeats=11, warmup=1,
                          pause=lambda name: 0.5 * (name == 'b'))
-  assert ''.join(ran) == 'abc' 'bca' 'cab'  # noqa: ISC001
+  rounds = [''.join(ran[i:i + 3]) for i in range(0, len(ran), 3)]
+  assert len(rounds) == 12 and {''.join(sorted(r)) for r in rounds} == {'abc'}
+  assert len(set(rounds)) > 3  # more than the orders of a rotation
   assert {name: len(times) for name, times in got.items()} == {
-      'a': 2, 'b': 2, 'c': 2}
+      'a': 11, 'b': 11, 'c': 11}
   assert set(itertools.chain(*got.values())) == {1.0}
-  assert sum(rests) == 1.5
+  assert sum(rests) == 6
   assert timing.median_ms([0.1, 0.3, 0.2]) == pytest.approx(200)
   assert timing.spread([0.1, 0.3, 0.2]) == pytest.approx(1.0)
 

@@ -182,9 +182,9 @@ def test_findings_name_the_best_floor():
       'best floor: random 50.0 %.')
   assert finding(floor_accuracy=0.83).endswith(
       '83.0 % (the intervals overlap).')
-  assert finding(floor_accuracy=0.87).endswith('87.0 %, not beaten.')
+  assert finding(floor_accuracy=0.87).endswith('87.0 %, the floor is not beaten.')
   assert finding(trained=False).endswith(
-      '50.0 % (without training under its selection).')
+      '50.0 % (an untrained floor).')
 
 
 def test_findings_prefer_paired_differences():

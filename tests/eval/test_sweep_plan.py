@@ -117,6 +117,10 @@ def test_rows_stand_beside_full_bounds_and_floors():
   assert sorted(more['VoCo']['differences']) == [
       'average pooling + linear', 'random (training-free)']
   assert not more['average pooling + linear']['differences']  # all have fewer tokens
+  runs[Cell('p', 'gqa', 'avg_pool_linear', 2.0, 1)] = run('average pooling + linear', 9, 4, 2.0)
+  assert not any(row['differences'] for row in sweep_rows.rows(runs, 'base')
+                 if row['method'] == 'average pooling + linear')  # nor its own other seed
+  del runs[Cell('p', 'gqa', 'avg_pool_linear', 2.0, 1)]
   # Of several draws the mean; what cuts elsewhere is not compared.
   runs[Cell('base', 'gqa', 'random', 2.0, 1)] = run('random', 2, 2, 2.0)
   runs[Cell('base', 'gqa', 'random', 2.0, 2, (3,))] = run('random', 0, 2, 2.0)

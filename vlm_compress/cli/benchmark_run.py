@@ -122,6 +122,8 @@ def read(benchmark: str, data: pathlib.Path, job: Job) -> tuple[QuestionSet, int
                     'questions out with --allow-partial')
   if gone:
     without = {q.id for q in gone}
+    check(len(without) < len(questions.questions), f'{missing_message(questions, gone)}; '
+          'no question is left to ask')
     questions = questions.take(q.id for q in questions.questions if q.id not in without)
   return questions, total, split or (splits[0] if splits else '')
 

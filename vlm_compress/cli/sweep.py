@@ -255,7 +255,8 @@ class Runner:
           'or a page to calibrate with (--config.calibrate_with)')
     budgets = sorted({float(b) for c, m, many in page.methods
                       if (c, m) == (name, 'atp') for b in many})
-    known = [self._checkpoint(cell).fingerprint, budgets, page.calibrate_with]
+    known = [self._checkpoint(cell).fingerprint, budgets, page.calibrate_with,
+             page.calibrate_data_root]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     path = self.out / 'calibrations' / f'{name}-{cell.seed}-{digest}.json'
     path.parent.mkdir(parents=True, exist_ok=True)

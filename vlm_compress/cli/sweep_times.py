@@ -15,10 +15,13 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
 
 from vlm_compress import atomic
 from vlm_compress.batches import Request, ready_batch
@@ -110,8 +113,9 @@ def measure(lines: Sequence[Line], full: str, questions: QuestionSet, size: int,
 
 
 def key(lines: Sequence[Line], size: int, repeats: int) -> str:
-  """What times belong to."""
-  told = [sorted((line.name, line.reads) for line in lines), size, repeats]
+  """What times belong to: models, settings and a kind of machine."""
+  told = [sorted((line.name, line.reads) for line in lines), size, repeats,
+          jax.__version__, jax.devices()[0].device_kind, os.cpu_count()]
   return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

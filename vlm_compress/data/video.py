@@ -191,8 +191,11 @@ def _packets(container: Any, stream: Any, path: pathlib.Path) -> list[_Packet]:
     raise DataError(f'{path}: the video has no frame; fetch it again or remove it')
   second = 1 / stream.time_base
   found = (_end(shown) - shown[0].time) / second
-  said = (stream.duration / second if stream.duration else
-          (container.duration or 0) / _MICROSECONDS)
+  said = 0
+  if stream.duration:
+    said = stream.duration / second
+  elif len(container.streams) == 1:  # else it may be that of sound or subtitles
+    said = (container.duration or 0) / _MICROSECONDS
   if said - found > max(1, _LACKING * said):
     raise _damaged(path, f'it should last {float(said):.1f} s and ends after '
                    f'{float(found):.1f} s')
@@ -233,7 +236,8 @@ def _pictures(container: Any, stream: Any, spans: Sequence[_Span], path: pathlib
 
 
 def _time(frame: Any) -> int:
-  return frame.pts if frame.pts is not None else frame.dts or 0
+  """When it is shown.  Packets without a time were refused."""
+  return frame.pts if frame.pts is not None else frame.dts
 
 
 def _damaged(path: pathlib.Path, why: Any) -> DataError:

@@ -15,11 +15,12 @@ import numpy as np
 from vlm_compress.eval import tables
 
 METHOD_COLOURS = ('#1f5fa8', '#c4511d', '#2c8560', '#7a4aa0', '#997300',
-                  '#b03060')
+                  '#b03060', '#1797a6', '#7a5a3a', '#d0709e', '#5c6b12')
 GREY, INK, FAINT = '#8a8f98', '#1d2129', '#d9dce1'
 FLOOR_MARKERS = {'random': 'x', 'uniform grid': 's', 'average pooling': 'D',
                  'average pooling + linear': 'P'}
 MAX_BINS = 40
+LEGEND_ROW = 0.17  # inches
 LEGEND_CHARACTERS = 160  # in a line of a report's figure
 
 
@@ -87,9 +88,12 @@ def legend_below(figure: Any, ax: Any) -> None:
   """The legend of an axes below the figure, if it has any."""
   handles, names = ax.get_legend_handles_labels()
   if handles:
-    columns = int(LEGEND_CHARACTERS / (8 + max(map(len, names))))
+    columns = min(4, max(1, int(LEGEND_CHARACTERS / (8 + max(map(len, names))))))
+    # The axes keep their height.
+    rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows - 4))
     figure.legend(handles, names, loc='outside lower center', frameon=False,
-                  fontsize=8, labelcolor=INK, ncols=min(4, max(1, columns)))
+                  fontsize=8, labelcolor=INK, ncols=columns)
 
 
 def series_of(entry: tables.Entry) -> tuple[str, bool, str]:
@@ -134,7 +138,9 @@ def _draw_series(ax: Any, key: tuple[str, bool, str],
 
 
 def _draw_references(ax: Any, entries: Sequence[tables.Entry], most: float) -> None:
-  """Horizontal lines; their names stand right of the axes, kept apart."""
+  """Horizontal lines; their names stand right of the axes, kept apart, those of equal
+  values together.
+  """
   lines = sorted(entries, key=lambda entry: entry.accuracy)
   for entry in lines:
     full = tables.is_full(entry)
@@ -145,14 +151,18 @@ def _draw_references(ax: Any, entries: Sequence[tables.Entry], most: float) -> N
   low, high = ax.get_ylim()
   ax.set_ylim(max(low, -0.02 * most), min(high, 1.02 * most))
   gap = 0.052 * (ax.get_ylim()[1] - ax.get_ylim()[0])
-  last = -np.inf
-  for entry in lines:
-    last = max(most * entry.accuracy, last + gap)
-    value = (tables.percent(entry.accuracy) if most == 100 else
-             f'{most * entry.accuracy:.1f}')
-    ax.annotate(f'{entry.name}  {value}', (1.01, last),
-                xycoords=('axes fraction', 'data'), fontsize=8, color=INK,
-                va='center', annotation_clip=False)
+  labels: dict[str, list[tables.Entry]] = {}
+  for entry in reversed(lines):
+    labels.setdefault(tables.percent(entry.accuracy) if most == 100 else
+                      f'{most * entry.accuracy:.1f}', []).append(entry)
+  top = ax.get_ylim()[1] + gap / 2
+  for value, some in labels.items():
+    height = gap * len(some)
+    top = min(top, most * some[0].accuracy + height / 2)
+    names = '\n'.join(entry.name for entry in some)
+    ax.annotate(f'{names}  {value}', (1.01, top), xycoords=('axes fraction', 'data'),
+                fontsize=8, color=INK, va='top', annotation_clip=False)
+    top -= height
 
 
 def _token_axis(ax: Any, tokens: Sequence[float]) -> None:

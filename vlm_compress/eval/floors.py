@@ -181,9 +181,9 @@ def _verdict(entry: Entry, best: Entry, most: float) -> str:
   else:
     text, sure = '', entry.ci95[0] > best.ci95[1]
   if entry.accuracy <= best.accuracy:
-    return f'{text}, not beaten'
+    return f'{text}, the floor is not beaten'
   if not sure:
     return f'{text}, within noise' if text else ' (the intervals overlap)'
   if entry.trained and not best.trained:
-    return f'{text} (without training under its selection)'
+    return f'{text} (an untrained floor)'
   return text

@@ -37,7 +37,7 @@ def draw_latency(figure: Any, bench: Bench) -> None:
       series.setdefault(figures.series_of(entry), []).append((entry, seconds))
   figures.draw_all_series(ax, series, figures.method_colours(bench.parts), bench.most)
   ax.set_xlim(0, 1.08 * longest)
-  figures.style_axes(ax, 'seconds of a question to the first token, on this machine', bench.metric)
+  figures.style_axes(ax, 'seconds of a question to the first token', bench.metric)
   figures.legend_below(figure, ax)
 
 

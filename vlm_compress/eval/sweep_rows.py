@@ -17,7 +17,7 @@ from vlm_compress.eval.sweep_plan import Cell, is_compressed
 from vlm_compress.eval.tables import same_budget
 
 TRAINED_FLOOR = 'avg_pool_linear'
-_KEPT = (*RESULT, 'kept_per_layer', 'kept_std_per_layer', 'module_counts', 'rule')
+_KEPT = (*RESULT, 'kept_per_layer', 'kept_std_per_layer', 'module_counts', 'rule', 'frames')
 
 
 def rows(runs: Mapping[Cell, Run], base: str,
@@ -93,7 +93,7 @@ def _differences(runs: Mapping[Cell, Run], cell: Cell, run: Run) -> dict[str, An
   gaps: dict[str, list[scoring.Interval]] = {}
   own = tuple((run.config['model']['atp'] or {}).get('prune_after', ()))
   for other, floor in runs.items():
-    if other.method in (*methods.FLOORS, TRAINED_FLOOR) and other != cell and (
+    if other.method in (*methods.FLOORS, TRAINED_FLOOR) and other.line != cell.line and (
         other.benchmark, floor.result['budget']) == (
             cell.benchmark, run.result['budget']) and other.prune_after in ((), own):
       mine, its = (r.result['layer_average_tokens'] for r in (run, floor))

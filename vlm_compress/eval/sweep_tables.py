@@ -33,8 +33,9 @@ HOW_TO_READ = (
     '“First token” is the time of a question up to the logits of its answer’s first token, '
     'in one batch of questions about different pictures, and its ratio to the full model: '
     'medians of rounds in which all lines take turns in one process, on the first seed’s '
-    'models. Texts and vision features are ready; VoCo compresses. What VisionZip does in '
-    'the tower, and what a smaller picture saves there, is not in it.',
+    'models, as they are served: rows are padded to few lengths, and cut ones to a rung of '
+    'the ladder. Texts and vision features are ready; VoCo compresses. What VisionZip does '
+    'in the tower, and what a smaller picture saves there, is not in it.',
     '“Of full” is the value divided by the full model’s (ATP-LLaVA’s ratio); retention is '
     '(x − LB) / (UB − LB) (VoCo-LLaMA), left out where there are no bounds or their gap '
     'lies within noise; “agrees with full” is the share of questions answered as the full '

@@ -12,7 +12,7 @@ a floor of the same budget, where an untrained floor is named 'random
 (training-free)'.  Rows of a sweep besides: checkpoint; line, the same in rows
 that differ in the seed only; variant, what tells lines of one method apart;
 placement, the layers behind which tokens are cut; budget, the tokens that were
-asked for, which then makes the sections.
+asked for, of each of `frames` pictures (1), which then makes the sections.
 """
 
 from __future__ import annotations
@@ -252,7 +252,8 @@ def _entry(rows: Sequence[Row]) -> Entry:
       ratio=_mean([row['ratio_to_full'] for row in rows]),
       retention=_mean([row['retention'] for row in rows]), rows=tuple(rows),
       checkpoint=first.get('checkpoint') or '', variant=first.get('variant') or '',
-      placement=tuple(first.get('placement') or ()), asked=first.get('budget'))
+      placement=tuple(first.get('placement') or ()), asked=None if first.get('budget') is None else
+      first['budget'] * first.get('frames', 1))
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:

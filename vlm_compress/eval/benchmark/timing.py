@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ def alternate(cases: Mapping[Any, Callable[[], Any]], repeats: int,
               warmup: int = 1, tick: Callable[[Any], Any] = lambda name: None,
               pause: Callable[[Any], float] = lambda name: 0.0
               ) -> dict[Any, list[float]]:
-  """Times each case once a round, in an order that turns from round to round.
+  """Times each case once a round, in an order that is drawn anew for each (seed 0).
 
   A machine that is slow for a while is then slow for all of them, and nobody
   always follows the same neighbour.
@@ -36,9 +37,10 @@ def alternate(cases: Mapping[Any, Callable[[], Any]], repeats: int,
   """
   seconds: dict[str, list[float]] = {name: [] for name in cases}
   names = list(cases)
+  rng = random.Random(0)
   for turn in range(warmup + repeats):
-    first = turn % len(names) if names else 0
-    for name in names[first:] + names[:first]:
+    rng.shuffle(names)
+    for name in names:
       started = time.perf_counter()
       jax.block_until_ready(cases[name]())
       if turn >= warmup:

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Iterator
 from typing import Any
 
+from vlm_compress.config import ConfigError
 from vlm_compress.data import images, video
 from vlm_compress.data.errors import DataError
 from vlm_compress.eval.benchmarks.question import Question, QuestionSet
@@ -37,5 +38,7 @@ def pictures(questions: QuestionSet, question: Question, num_frames: int) -> Ite
       yield from video.read_frames(questions.image_path(question), num_frames)
     else:
       yield images.open_picture(questions.image_path(question))
-  except (DataError, ValueError, FileNotFoundError) as error:
+  except ConfigError:
+    raise  # what is not installed has nothing to do with the question
+  except (ValueError, FileNotFoundError) as error:  # a DataError is a ValueError
     raise DataError(f'{questions.source}: question {question.id!r}: {error}') from error
