@@ -151,6 +151,12 @@ def test_frames_that_cannot_be_decoded(tmp_path, codec, pix_fmt):
   refused(path, 'the video is damaged or cut off')
 
 
+def test_frames_without_a_time(tmp_path, monkeypatch):
+  path = video_files.write_video(tmp_path / 'a.mp4', 3)
+  monkeypatch.setattr(video, '_time', lambda frame: None)  # as a decoder may leave it
+  refused(path, 'a frame is without a time')
+
+
 def test_too_large(tmp_path, monkeypatch):
   wide = video_files.write_video(tmp_path / 'wide.avi', [np.zeros((16, 16_016, 3), np.uint8)] * 2,
                                  codec='mjpeg', pix_fmt='yuvj420p')

@@ -221,6 +221,8 @@ def _pictures(container: Any, stream: Any, spans: Sequence[_Span], path: pathlib
     frames: list[Any] = [None] * len(span.times)
     for packet in itertools.chain(needed, [None]):  # None: what the decoder holds back
       for frame in decoder.decode(packet):
+        if _time(frame) is None:
+          raise _damaged(path, 'a frame is without a time')
         for i, time in enumerate(span.times):
           if _time(frame) <= time and (
               frames[i] is None or _time(frame) >= _time(frames[i])):
@@ -235,8 +237,8 @@ def _pictures(container: Any, stream: Any, spans: Sequence[_Span], path: pathlib
       yield frame.to_image()
 
 
-def _time(frame: Any) -> int:
-  """When it is shown.  Packets without a time were refused."""
+def _time(frame: Any) -> int | None:
+  """When it is shown."""
   return frame.pts if frame.pts is not None else frame.dts
 
 
